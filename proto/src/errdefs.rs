@@ -51,22 +51,70 @@ pub enum ErrorKind {
 
 /// Kind, gRPC code, and the text a message ends with (empty: nothing is appended).
 const TABLE: [(ErrorKind, tonic::Code, &str); 18] = [
-    (ErrorKind::InvalidArgument, tonic::Code::InvalidArgument, "invalid argument"),
+    (
+        ErrorKind::InvalidArgument,
+        tonic::Code::InvalidArgument,
+        "invalid argument",
+    ),
     (ErrorKind::NotFound, tonic::Code::NotFound, "not found"),
-    (ErrorKind::AlreadyExists, tonic::Code::AlreadyExists, "already exists"),
-    (ErrorKind::PermissionDenied, tonic::Code::PermissionDenied, "permission denied"),
-    (ErrorKind::ResourceExhausted, tonic::Code::ResourceExhausted, "resource exhausted"),
-    (ErrorKind::FailedPrecondition, tonic::Code::FailedPrecondition, "failed precondition"),
-    (ErrorKind::Conflict, tonic::Code::FailedPrecondition, "conflict"),
-    (ErrorKind::NotModified, tonic::Code::FailedPrecondition, "not modified"),
+    (
+        ErrorKind::AlreadyExists,
+        tonic::Code::AlreadyExists,
+        "already exists",
+    ),
+    (
+        ErrorKind::PermissionDenied,
+        tonic::Code::PermissionDenied,
+        "permission denied",
+    ),
+    (
+        ErrorKind::ResourceExhausted,
+        tonic::Code::ResourceExhausted,
+        "resource exhausted",
+    ),
+    (
+        ErrorKind::FailedPrecondition,
+        tonic::Code::FailedPrecondition,
+        "failed precondition",
+    ),
+    (
+        ErrorKind::Conflict,
+        tonic::Code::FailedPrecondition,
+        "conflict",
+    ),
+    (
+        ErrorKind::NotModified,
+        tonic::Code::FailedPrecondition,
+        "not modified",
+    ),
     (ErrorKind::Aborted, tonic::Code::Aborted, "aborted"),
-    (ErrorKind::OutOfRange, tonic::Code::OutOfRange, "out of range"),
-    (ErrorKind::Unimplemented, tonic::Code::Unimplemented, "not implemented"),
+    (
+        ErrorKind::OutOfRange,
+        tonic::Code::OutOfRange,
+        "out of range",
+    ),
+    (
+        ErrorKind::Unimplemented,
+        tonic::Code::Unimplemented,
+        "not implemented",
+    ),
     (ErrorKind::Internal, tonic::Code::Internal, "internal"),
-    (ErrorKind::Unavailable, tonic::Code::Unavailable, "unavailable"),
+    (
+        ErrorKind::Unavailable,
+        tonic::Code::Unavailable,
+        "unavailable",
+    ),
     (ErrorKind::DataLoss, tonic::Code::DataLoss, "data loss"),
-    (ErrorKind::Unauthenticated, tonic::Code::Unauthenticated, "unauthorized"),
-    (ErrorKind::DeadlineExceeded, tonic::Code::DeadlineExceeded, ""),
+    (
+        ErrorKind::Unauthenticated,
+        tonic::Code::Unauthenticated,
+        "unauthorized",
+    ),
+    (
+        ErrorKind::DeadlineExceeded,
+        tonic::Code::DeadlineExceeded,
+        "",
+    ),
     (ErrorKind::Cancelled, tonic::Code::Cancelled, ""),
     (ErrorKind::Unknown, tonic::Code::Unknown, ""),
 ];
@@ -85,7 +133,10 @@ impl ErrorKind {
     }
 
     fn row(self) -> &'static (ErrorKind, tonic::Code, &'static str) {
-        TABLE.iter().find(|row| row.0 == self).expect("every kind has a row")
+        TABLE
+            .iter()
+            .find(|row| row.0 == self)
+            .expect("every kind has a row")
     }
 
     /// The kind behind a code and message received from a peer.
@@ -96,7 +147,11 @@ impl ErrorKind {
             if row_code != code {
                 continue;
             }
-            if message == text || message.strip_suffix(text).is_some_and(|m| m.ends_with(": ")) {
+            if message == text
+                || message
+                    .strip_suffix(text)
+                    .is_some_and(|m| m.ends_with(": "))
+            {
                 return kind;
             }
             if found == Self::Unknown {
@@ -145,7 +200,10 @@ impl Classify for WireError {
 impl WireError {
     /// An error of `kind` with `message`.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into() }
+        Self {
+            kind,
+            message: message.into(),
+        }
     }
 }
 
@@ -164,9 +222,15 @@ impl From<ttrpc::Error> for WireError {
         match error {
             ttrpc::Error::RpcStatus(status) => {
                 let code = tonic::Code::from_i32(status.code.value());
-                Self { kind: ErrorKind::from_wire(code, &status.message), message: status.message }
+                Self {
+                    kind: ErrorKind::from_wire(code, &status.message),
+                    message: status.message,
+                }
             }
-            other => Self { kind: ErrorKind::Unavailable, message: format!("ttrpc: {other}") },
+            other => Self {
+                kind: ErrorKind::Unavailable,
+                message: format!("ttrpc: {other}"),
+            },
         }
     }
 }
@@ -191,19 +255,29 @@ pub fn render(error: &dyn StdError) -> String {
 #[must_use]
 pub fn message_of(kind: ErrorKind, text: String) -> String {
     let suffix = kind.text();
-    if suffix.is_empty() || text.ends_with(suffix) { text } else { format!("{text}: {suffix}") }
+    if suffix.is_empty() || text.ends_with(suffix) {
+        text
+    } else {
+        format!("{text}: {suffix}")
+    }
 }
 
 /// The gRPC status of an error: its source chain as text, its kind as code.
 // Takes the error by value so that it can be handed to `map_err`.
-#[allow(clippy::needless_pass_by_value, reason = "used as `map_err(into_status)`")]
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "used as `map_err(into_status)`"
+)]
 pub fn into_status<E: Classify>(error: E) -> tonic::Status {
     let kind = error.kind();
     tonic::Status::new(kind.code(), message_of(kind, render(&error)))
 }
 
 /// The ttrpc error of an error; the same codes and texts as [`into_status`].
-#[allow(clippy::needless_pass_by_value, reason = "used as `map_err(into_ttrpc)`")]
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "used as `map_err(into_ttrpc)`"
+)]
 pub fn into_ttrpc<E: Classify>(error: E) -> ttrpc::Error {
     let kind = error.kind();
     ttrpc_status(kind.code(), message_of(kind, render(&error)))

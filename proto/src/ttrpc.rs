@@ -33,8 +33,9 @@ pub async fn call<Req: Message, Res: Message + Default>(
     wire.service = service.to_owned();
     wire.method = method.to_owned();
     wire.payload = request.encode_to_vec();
-    wire.timeout_nano =
-        timeout.map_or(0, |limit| i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX));
+    wire.timeout_nano = timeout.map_or(0, |limit| {
+        i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX)
+    });
     if !namespace.is_empty() {
         let mut pair = ::ttrpc::proto::KeyValue::new();
         pair.key = NAMESPACE_KEY.to_owned();
@@ -43,7 +44,10 @@ pub async fn call<Req: Message, Res: Message + Default>(
     }
     let response = client.request(wire).await?;
     Res::decode(response.payload.as_slice()).map_err(|e| {
-        WireError::new(crate::errdefs::ErrorKind::Internal, format!("{service}/{method}: {e}"))
+        WireError::new(
+            crate::errdefs::ErrorKind::Internal,
+            format!("{service}/{method}: {e}"),
+        )
     })
 }
 
@@ -67,7 +71,10 @@ where
     Req: Message + Default + 'static,
     Res: Message + 'static,
 {
-    Box::new(Unary { handler, types: PhantomData })
+    Box::new(Unary {
+        handler,
+        types: PhantomData,
+    })
 }
 
 #[async_trait::async_trait]
@@ -88,12 +95,14 @@ where
         let answer = if limit == 0 {
             work.await
         } else {
-            tokio::time::timeout(Duration::from_nanos(limit), work).await.unwrap_or_else(|_| {
-                Err(crate::errdefs::ttrpc_status(
-                    tonic::Code::DeadlineExceeded,
-                    format!("{}/{}: deadline exceeded", request.service, request.method),
-                ))
-            })
+            tokio::time::timeout(Duration::from_nanos(limit), work)
+                .await
+                .unwrap_or_else(|_| {
+                    Err(crate::errdefs::ttrpc_status(
+                        tonic::Code::DeadlineExceeded,
+                        format!("{}/{}: deadline exceeded", request.service, request.method),
+                    ))
+                })
         };
         let mut response = Response::new();
         match answer {
@@ -103,7 +112,10 @@ where
             }
             Err(::ttrpc::Error::RpcStatus(status)) => response.set_status(status),
             Err(other) => {
-                response.set_status(::ttrpc::get_status(::ttrpc::Code::UNKNOWN, other.to_string()));
+                response.set_status(::ttrpc::get_status(
+                    ::ttrpc::Code::UNKNOWN,
+                    other.to_string(),
+                ));
             }
         }
         Ok(response)
@@ -113,7 +125,11 @@ where
 /// The namespace a ttrpc caller named, if any.
 #[must_use]
 pub fn namespace_of(context: &TtrpcContext) -> Option<&str> {
-    context.metadata.get(NAMESPACE_KEY).and_then(|values| values.first()).map(String::as_str)
+    context
+        .metadata
+        .get(NAMESPACE_KEY)
+        .and_then(|values| values.first())
+        .map(String::as_str)
 }
 
 /// Methods by name, for one service.
@@ -122,6 +138,8 @@ pub type Methods = HashMap<String, Box<dyn MethodHandler + Send + Sync>>;
 /// A service made of unary methods.
 #[must_use]
 pub fn service(methods: Methods) -> ::ttrpc::asynchronous::Service {
-    ::ttrpc::asynchronous::Service { methods, streams: HashMap::new() }
+    ::ttrpc::asynchronous::Service {
+        methods,
+        streams: HashMap::new(),
+    }
 }
-

@@ -1,1 +1,267 @@
-//! Skeleton.
+//! The one committer over the embedded database.
+//!
+//! Everything durable that is small lives in one ordered key space. [`Db::update`] runs a closure
+//! against the current state under the writer lock, applies what it wrote as one atomic batch, and
+//! hands back a [`Durable`] ticket; the committer thread then makes all batches that are waiting
+//! durable with one flush and one `fdatasync`, and releases their tickets together. Nobody is told
+//! that a change stands before its ticket is released.
+//!
+//! A read may see a change whose ticket is still pending; it never sees half a batch.
+//!
+//! sled is named in `sled.rs` and nowhere else; [`Db::in_memory`] is the model the tests compare
+//! with.
+
+mod commit;
+mod error;
+mod memory;
+mod sled;
+
+use std::path::Path;
+use std::sync::Arc;
+
+pub use commit::Durable;
+pub use error::Error;
+
+/// A key of the key space: bytes in lexicographic order.
+pub type Key = Vec<u8>;
+/// A value; keep it under 32 KiB, larger things belong in files.
+pub type Value = Vec<u8>;
+
+/// What a backend must do: point reads, ordered scans, and atomic batches.
+///
+/// A batch is visible when `apply` returns and durable when a later `sync` returns.
+pub(crate) trait Backend: Send + Sync + std::fmt::Debug {
+    fn get(&self, key: &[u8]) -> Result<Option<Value>, Error>;
+    /// Pairs with `start <= key < end` in order, at most `limit` of them.
+    fn range(
+        &self,
+        start: &[u8],
+        end: Option<&[u8]>,
+        limit: usize,
+    ) -> Result<Vec<(Key, Value)>, Error>;
+    fn apply(&self, batch: &[(Key, Option<Value>)]) -> Result<(), Error>;
+    fn sync(&self) -> Result<(), Error>;
+}
+
+/// How to open a database.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Bytes of page cache; the daemon's memory follows this.
+    pub cache_bytes: u64,
+    /// Bytes kept allocated beside the database, given back when the disk is full.
+    pub ballast_bytes: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            cache_bytes: 16 << 20,
+            ballast_bytes: 16 << 20,
+        }
+    }
+}
+
+/// A handle on the key space; clones share it.
+#[derive(Debug, Clone)]
+pub struct Db {
+    shared: Arc<commit::Shared>,
+}
+
+impl Db {
+    /// Opens or creates the database in directory `path`.
+    ///
+    /// # Errors
+    /// [`Error::Locked`] when another process has it open, [`Error::Corrupt`] when what is on disk
+    /// cannot be read, [`Error::Io`] and [`Error::Full`] when the system refuses.
+    pub fn open(path: &Path, options: &Options) -> Result<Self, Error> {
+        let backend = sled::Sled::open(path, options)?;
+        Ok(Self {
+            shared: commit::Shared::start(Box::new(backend))?,
+        })
+    }
+
+    /// A database that lives and dies with the process.
+    ///
+    /// # Errors
+    /// When the committer thread cannot be started.
+    pub fn in_memory() -> Result<Self, Error> {
+        Ok(Self {
+            shared: commit::Shared::start(Box::new(memory::Memory::default()))?,
+        })
+    }
+
+    /// The value at `key`.
+    ///
+    /// # Errors
+    /// When the database failed.
+    pub fn get(&self, key: &[u8]) -> Result<Option<Value>, Error> {
+        self.shared.backend().get(key)
+    }
+
+    /// All pairs whose key starts with `prefix`, in key order.
+    ///
+    /// # Errors
+    /// When the database failed.
+    pub fn scan(&self, prefix: &[u8]) -> Result<Vec<(Key, Value)>, Error> {
+        self.range(prefix, prefix_end(prefix).as_deref(), usize::MAX)
+    }
+
+    /// Pairs with `start <= key < end` in key order, at most `limit`; for paging through much.
+    ///
+    /// # Errors
+    /// When the database failed.
+    pub fn range(
+        &self,
+        start: &[u8],
+        end: Option<&[u8]>,
+        limit: usize,
+    ) -> Result<Vec<(Key, Value)>, Error> {
+        self.shared.backend().range(start, end, limit)
+    }
+
+    /// Runs `change` alone against the current state and applies what it wrote, all or nothing.
+    ///
+    /// The closure runs once, under the writer lock: it must be short and do no I/O. When it fails
+    /// nothing is applied. The change is visible at once and durable when the ticket says so.
+    ///
+    /// # Errors
+    /// What the closure returns, or why the database refused.
+    pub fn update<R, E, F>(&self, change: F) -> Result<(R, Durable), E>
+    where
+        F: FnOnce(&mut Tx<'_>) -> Result<R, E>,
+        E: From<Error>,
+    {
+        let mut writer = self.shared.writer();
+        let mut tx = Tx {
+            backend: self.shared.backend(),
+            writes: std::collections::BTreeMap::new(),
+        };
+        let result = change(&mut tx)?;
+        let batch: Vec<_> = tx.writes.into_iter().collect();
+        let ticket = writer.apply(&batch).map_err(E::from)?;
+        Ok((result, ticket))
+    }
+
+    /// A ticket that is released once everything applied so far is durable.
+    #[must_use]
+    pub fn durable(&self) -> Durable {
+        self.shared.writer().ticket()
+    }
+
+    /// Writes all pairs to `path` in a form of its own (see `commit.rs`), atomically and durably.
+    ///
+    /// # Errors
+    /// When the file cannot be written or the database read.
+    pub fn export(&self, path: &Path) -> Result<u64, Error> {
+        commit::export(self.shared.backend(), path)
+    }
+
+    /// Fills an empty database from an export. Returns the number of pairs.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when the file is not a whole export.
+    pub fn import(&self, path: &Path) -> Result<u64, Error> {
+        commit::import(self, path)
+    }
+}
+
+/// What a change sees and writes: the current state under its own writes.
+#[derive(Debug)]
+pub struct Tx<'a> {
+    backend: &'a dyn Backend,
+    writes: std::collections::BTreeMap<Key, Option<Value>>,
+}
+
+impl Tx<'_> {
+    /// The value at `key`, own writes included.
+    ///
+    /// # Errors
+    /// When the database failed.
+    pub fn get(&self, key: &[u8]) -> Result<Option<Value>, Error> {
+        match self.writes.get(key) {
+            Some(value) => Ok(value.clone()),
+            None => self.backend.get(key),
+        }
+    }
+
+    /// Whether `key` exists.
+    ///
+    /// # Errors
+    /// When the database failed.
+    pub fn contains(&self, key: &[u8]) -> Result<bool, Error> {
+        Ok(self.get(key)?.is_some())
+    }
+
+    /// All pairs whose key starts with `prefix`, own writes included, in key order.
+    ///
+    /// # Errors
+    /// When the database failed.
+    pub fn scan(&self, prefix: &[u8]) -> Result<Vec<(Key, Value)>, Error> {
+        let end = prefix_end(prefix);
+        let stored = self.backend.range(prefix, end.as_deref(), usize::MAX)?;
+        let mut merged: std::collections::BTreeMap<Key, Value> = stored.into_iter().collect();
+        for (key, value) in self.writes.range(prefix.to_vec()..) {
+            if !key.starts_with(prefix) {
+                break;
+            }
+            match value {
+                Some(value) => merged.insert(key.clone(), value.clone()),
+                None => merged.remove(key),
+            };
+        }
+        Ok(merged.into_iter().collect())
+    }
+
+    /// Whether any key starts with `prefix`, own writes included.
+    ///
+    /// # Errors
+    /// When the database failed.
+    pub fn any(&self, prefix: &[u8]) -> Result<bool, Error> {
+        let written = self
+            .writes
+            .range(prefix.to_vec()..)
+            .take_while(|(key, _)| key.starts_with(prefix))
+            .any(|(_, value)| value.is_some());
+        if written {
+            return Ok(true);
+        }
+        let deleted = self
+            .writes
+            .range(prefix.to_vec()..)
+            .take_while(|(k, _)| k.starts_with(prefix));
+        // One more than what this change deleted is enough to find a survivor.
+        let limit = deleted.count() + 1;
+        let stored = self
+            .backend
+            .range(prefix, prefix_end(prefix).as_deref(), limit)?;
+        Ok(stored
+            .iter()
+            .any(|(key, _)| !matches!(self.writes.get(key), Some(None))))
+    }
+
+    /// Writes `value` at `key`.
+    pub fn put(&mut self, key: impl Into<Key>, value: impl Into<Value>) {
+        self.writes.insert(key.into(), Some(value.into()));
+    }
+
+    /// Removes `key`; nothing happens when it is absent.
+    pub fn delete(&mut self, key: impl Into<Key>) {
+        self.writes.insert(key.into(), None);
+    }
+}
+
+/// The smallest key after all keys with `prefix`; `None` when there is no such key.
+fn prefix_end(prefix: &[u8]) -> Option<Key> {
+    let mut end = prefix.to_vec();
+    while let Some(last) = end.last_mut() {
+        if *last < u8::MAX {
+            *last += 1;
+            return Some(end);
+        }
+        end.pop();
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,56 @@
+//! The key space in memory: the model that the tests hold the real one against.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::{PoisonError, RwLock};
+
+use crate::{Backend, Error, Key, Value};
+
+#[derive(Debug, Default)]
+pub(crate) struct Memory {
+    pairs: RwLock<BTreeMap<Key, Value>>,
+}
+
+impl Backend for Memory {
+    fn get(&self, key: &[u8]) -> Result<Option<Value>, Error> {
+        Ok(self
+            .pairs
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(key)
+            .cloned())
+    }
+
+    fn range(
+        &self,
+        start: &[u8],
+        end: Option<&[u8]>,
+        limit: usize,
+    ) -> Result<Vec<(Key, Value)>, Error> {
+        let upper = end.map_or(Bound::Unbounded, Bound::Excluded);
+        if end.is_some_and(|end| start >= end) {
+            return Ok(Vec::new());
+        }
+        let pairs = self.pairs.read().unwrap_or_else(PoisonError::into_inner);
+        Ok(pairs
+            .range::<[u8], _>((Bound::Included(start), upper))
+            .take(limit)
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .collect())
+    }
+
+    fn apply(&self, batch: &[(Key, Option<Value>)]) -> Result<(), Error> {
+        let mut pairs = self.pairs.write().unwrap_or_else(PoisonError::into_inner);
+        for (key, value) in batch {
+            match value {
+                Some(value) => pairs.insert(key.clone(), value.clone()),
+                None => pairs.remove(key),
+            };
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), Error> {
+        Ok(())
+    }
+}

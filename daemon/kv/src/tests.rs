@@ -1,0 +1,140 @@
+//! The key space against a model, and what a ticket promises.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn put(db: &Db, key: &str, value: &str) -> Durable {
+    let ((), ticket) = db
+        .update(|tx| {
+            tx.put(key, value);
+            Ok::<_, Error>(())
+        })
+        .unwrap();
+    ticket
+}
+
+#[test]
+fn a_failed_change_applies_nothing() {
+    let db = Db::in_memory().unwrap();
+    let failed = db.update(|tx| {
+        tx.put("a", "1");
+        Err::<(), _>(Error::Full)
+    });
+    assert!(matches!(failed, Err(Error::Full)));
+    assert_eq!(db.get(b"a").unwrap(), None);
+}
+
+#[tokio::test]
+async fn what_was_awaited_survives_reopening() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        ballast_bytes: 4096,
+        ..Options::default()
+    };
+    let db = Db::open(dir.path(), &options).unwrap();
+    put(&db, "k", "v").wait().await.unwrap();
+    assert!(matches!(
+        Db::open(dir.path(), &options),
+        Err(Error::Locked { .. })
+    ));
+    drop(db);
+    // The committer lets go of the database within its idle check.
+    let mut reopened = Db::open(dir.path(), &options);
+    for _ in 0..300 {
+        if reopened.is_ok() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        reopened = Db::open(dir.path(), &options);
+    }
+    assert_eq!(reopened.unwrap().get(b"k").unwrap(), Some(b"v".to_vec()));
+}
+
+#[tokio::test]
+async fn an_export_fills_another_database() {
+    let dir = tempfile::tempdir().unwrap();
+    let db = Db::in_memory().unwrap();
+    for n in 0..3000 {
+        put(&db, &format!("key{n:05}"), &"v".repeat(n % 50))
+            .wait()
+            .await
+            .unwrap();
+    }
+    let file = dir.path().join("export");
+    assert_eq!(db.export(&file).unwrap(), 3000);
+    let other = Db::in_memory().unwrap();
+    let path = file.clone();
+    let copy = other.clone();
+    tokio::task::spawn_blocking(move || copy.import(&path))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(other.scan(b"").unwrap(), db.scan(b"").unwrap());
+    let whole = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &whole[..whole.len() - 3]).unwrap();
+    let cut = tokio::task::spawn_blocking(move || other.import(&file))
+        .await
+        .unwrap();
+    assert!(matches!(cut, Err(Error::Corrupt { .. })));
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Put(String, u8),
+    Delete(String),
+    Scan(String),
+    Any(String),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let key = "[ab]{0,3}";
+    prop_oneof![
+        (key, any::<u8>()).prop_map(|(k, v)| Op::Put(k, v)),
+        key.prop_map(Op::Delete),
+        key.prop_map(Op::Scan),
+        key.prop_map(Op::Any),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn a_change_sees_its_own_writes(before in proptest::collection::vec(op(), 0..20),
+                                    inside in proptest::collection::vec(op(), 0..20)) {
+        let dir = tempfile::tempdir().unwrap();
+        let options = Options { ballast_bytes: 0, ..Options::default() };
+        let db = Db::open(dir.path(), &options).unwrap();
+        let mut model = BTreeMap::new();
+        for ops in [before, inside] {
+            let ((), _ticket) = db.update(|tx| {
+                for op in ops {
+                    match op {
+                        Op::Put(k, v) => {
+                            tx.put(k.as_bytes(), vec![v]);
+                            model.insert(k.into_bytes(), vec![v]);
+                        }
+                        Op::Delete(k) => {
+                            tx.delete(k.as_bytes());
+                            model.remove(k.as_bytes());
+                        }
+                        Op::Scan(p) => {
+                            let want: Vec<_> = model.iter()
+                                .filter(|(k, _)| k.starts_with(p.as_bytes()))
+                                .map(|(k, v)| (k.clone(), v.clone())).collect();
+                            assert_eq!(tx.scan(p.as_bytes())?, want);
+                        }
+                        Op::Any(p) => {
+                            let want = model.keys().any(|k| k.starts_with(p.as_bytes()));
+                            assert_eq!(tx.any(p.as_bytes())?, want);
+                        }
+                    }
+                }
+                Ok::<_, Error>(())
+            }).unwrap();
+        }
+        let stored: BTreeMap<_, _> = db.scan(b"").unwrap().into_iter().collect();
+        prop_assert_eq!(stored, model);
+    }
+}
