@@ -1,1 +1,14 @@
-//! Skeleton.
+//! Decisions: what it means to run, pull, unpack, diff, transfer and collect.
+//!
+//! Each module owns one engine; the edges (gRPC services, CRI) call them and decide nothing. Engines
+//! use the stores below and never the other way round.
+
+pub mod diff;
+pub mod gc;
+pub mod image;
+pub mod mounts;
+pub mod registry;
+pub mod runtime;
+pub mod sandbox;
+pub mod streaming;
+pub mod transfer;

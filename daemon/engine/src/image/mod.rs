@@ -1,0 +1,1 @@
+//! Manifests, platforms, and unpacking of images into snapshots.

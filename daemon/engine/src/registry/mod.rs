@@ -1,0 +1,1 @@
+//! Registries over HTTP: references, hosts, auth, resolve, fetch, push.

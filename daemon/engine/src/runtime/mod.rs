@@ -1,0 +1,1 @@
+//! Tasks: one actor each, over shims.

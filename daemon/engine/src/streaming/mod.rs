@@ -1,0 +1,1 @@
+//! Named byte streams between clients and engines.
