@@ -1,1 +1,28 @@
-//! Skeleton.
+//! The harness of the black-box tests and benchmarks: real daemons, real registries, real images.
+//!
+//! A test names no daemon: [`Subject`] says which one the run is about (`SUBJECT=lighter`, the
+//! default, or `SUBJECT=containerd`, Debian's, the reference). A test that fails on the reference is
+//! a wrong test. Everything a test makes lives below one temporary directory and one namespace of
+//! its own, and [`Daemon::finish`] asserts that nothing of it is left.
+
+mod cli;
+pub mod client;
+mod daemon;
+mod eventually;
+pub mod image;
+mod leftovers;
+mod oci;
+mod registry;
+mod subject;
+
+pub use cli::{Cli, Output};
+pub use client::{Client, Container, Exit};
+pub use daemon::{Daemon, Options};
+pub use eventually::eventually;
+pub use image::{Blob, Image, Layer};
+pub use oci::Spec;
+pub use registry::Registry;
+pub use subject::Subject;
+
+/// What every helper and test returns.
+pub type Result<T = ()> = anyhow::Result<T>;

@@ -1,0 +1,104 @@
+//! Running a command-line client against the daemon of a test.
+
+use std::ffi::OsStr;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::Context as _;
+
+/// A `ctr`, pointed at one daemon and namespace.
+#[derive(Debug, Clone)]
+pub struct Cli {
+    program: PathBuf,
+    address: PathBuf,
+    namespace: String,
+}
+
+/// What a command printed and how it ended.
+#[derive(Debug)]
+pub struct Output {
+    /// Exit code; -1 when killed by a signal.
+    pub code: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Output {
+    /// The output, if the command succeeded.
+    ///
+    /// # Errors
+    /// With everything it said, if it did not.
+    pub fn ok(self) -> crate::Result<String> {
+        anyhow::ensure!(
+            self.code == 0,
+            "exit {}\nstdout: {}\nstderr: {}",
+            self.code,
+            self.stdout,
+            self.stderr
+        );
+        Ok(self.stdout)
+    }
+}
+
+impl Cli {
+    /// `program` against `address` in `namespace`.
+    #[must_use]
+    pub fn new(program: impl Into<PathBuf>, address: PathBuf, namespace: &str) -> Self {
+        Self {
+            program: program.into(),
+            address,
+            namespace: namespace.to_owned(),
+        }
+    }
+
+    /// The command with its global flags, for tests that need a pipe or a terminal around it.
+    #[must_use]
+    pub fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
+        let mut command = Command::new(&self.program);
+        command
+            .arg("--address")
+            .arg(&self.address)
+            .arg("--namespace")
+            .arg(&self.namespace);
+        command.args(args);
+        command
+    }
+
+    /// Runs to the end with `input` on stdin.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn run_with<S: AsRef<OsStr>>(&self, args: &[S], input: &[u8]) -> crate::Result<Output> {
+        use std::io::Write as _;
+        let mut child = self
+            .command(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("start {}", self.program.display()))?;
+        let mut stdin = child.stdin.take().context("stdin is piped")?;
+        let input = input.to_vec();
+        let feeder = std::thread::spawn(move || {
+            // A command that does not read its input closes the pipe: that is its business.
+            let _ = stdin.write_all(&input);
+        });
+        let output = child.wait_with_output()?;
+        let _ = feeder.join();
+        Ok(Output {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
+    }
+
+    /// Runs to the end without input.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn run<S: AsRef<OsStr>>(&self, args: &[S]) -> crate::Result<Output> {
+        self.run_with(args, b"")
+    }
+}

@@ -1,0 +1,257 @@
+//! A daemon of the subject's, in a temporary root of its own.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::{Cli, Client, Result, Subject, eventually, leftovers, subject};
+
+/// What differs from a plain daemon.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Configuration appended to the generated file (version 2).
+    pub config: String,
+}
+
+/// A running daemon and everything that belongs to it.
+#[derive(Debug)]
+pub struct Daemon {
+    subject: Subject,
+    dir: PathBuf,
+    namespace: String,
+    child: Option<Child>,
+    starts: u32,
+}
+
+impl Daemon {
+    /// Starts the run's subject.
+    ///
+    /// # Errors
+    /// When it does not answer in time; its log is part of the text.
+    pub async fn start() -> Result<Self> {
+        Self::start_with(Subject::of_run(), &Options::default()).await
+    }
+
+    /// Starts `subject` with `options`.
+    ///
+    /// # Errors
+    /// When it does not answer in time; its log is part of the text.
+    pub async fn start_with(subject: Subject, options: &Options) -> Result<Self> {
+        let dir = tempfile::Builder::new()
+            .prefix("lighter-it-")
+            .tempdir()?
+            .keep();
+        let namespace = dir
+            .file_name()
+            .and_then(|n| n.to_str())
+            .map(|n| n.replace("lighter-it-", "it-"))
+            .context("a temporary name is UTF-8")?;
+        let config = format!(
+            "version = 2\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = \
+             [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = {sock:?}\n[debug]\nlevel = \
+             \"debug\"\n{extra}\n",
+            root = dir.join("root"),
+            state = dir.join("state"),
+            sock = dir.join("c.sock"),
+            extra = options.config,
+        );
+        fs::write(dir.join("config.toml"), config)?;
+        let mut daemon = Self {
+            subject,
+            dir,
+            namespace,
+            child: None,
+            starts: 0,
+        };
+        daemon.boot().await?;
+        Ok(daemon)
+    }
+
+    /// Starts the process again after [`Daemon::kill`] or [`Daemon::stop`].
+    ///
+    /// # Errors
+    /// When it does not answer in time.
+    pub async fn boot(&mut self) -> Result<()> {
+        anyhow::ensure!(self.child.is_none(), "the daemon is running");
+        self.starts += 1;
+        let log = File::create(self.dir.join(format!("log.{}", self.starts)))?;
+        let child = Command::new(self.subject.daemon())
+            .arg("--config")
+            .arg(self.dir.join("config.toml"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("start {}", self.subject.daemon().display()))?;
+        self.child = Some(child);
+        let address = self.address();
+        let dead = eventually("the daemon answers", async || {
+            if let Some(child) = self.child.as_mut()
+                && child.try_wait()?.is_some()
+            {
+                return Ok(Some(true));
+            }
+            let Ok(client) = Client::connect(&address, "default").await else {
+                return Ok(None);
+            };
+            Ok(client.version().await.is_ok().then_some(false))
+        })
+        .await;
+        match dead {
+            Ok(false) => Ok(()),
+            _ => anyhow::bail!("the daemon did not come up:\n{}", self.log()),
+        }
+    }
+
+    /// The newest log.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.join(format!("log.{}", self.starts))).unwrap_or_default()
+    }
+
+    /// Socket of the daemon.
+    #[must_use]
+    pub fn address(&self) -> PathBuf {
+        self.dir.join("c.sock")
+    }
+
+    /// Temporary directory of this daemon; tests may put files there.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Namespace of this test.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// The subject.
+    #[must_use]
+    pub fn subject(&self) -> Subject {
+        self.subject
+    }
+
+    /// Pid of the daemon.
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn pid(&self) -> Result<i32> {
+        let child = self.child.as_ref().context("the daemon is not running")?;
+        Ok(i32::try_from(child.id())?)
+    }
+
+    /// A client in this test's namespace.
+    ///
+    /// # Errors
+    /// When the daemon does not accept.
+    pub async fn client(&self) -> Result<Client> {
+        Client::connect(&self.address(), &self.namespace).await
+    }
+
+    /// Debian's `ctr`.
+    #[must_use]
+    pub fn debian_ctr(&self) -> Cli {
+        Cli::new("/usr/bin/ctr", self.address(), &self.namespace)
+    }
+
+    /// Our `ctr`.
+    #[must_use]
+    pub fn our_ctr(&self) -> Cli {
+        Cli::new(subject::built("ctr"), self.address(), &self.namespace)
+    }
+
+    /// `kill -9`.
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn kill(&mut self) -> Result<()> {
+        let mut child = self.child.take().context("the daemon is not running")?;
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
+    /// SIGTERM, and the time it may take.
+    ///
+    /// # Errors
+    /// When it does not end by itself.
+    pub async fn stop(&mut self) -> Result<()> {
+        let mut child = self.child.take().context("the daemon is not running")?;
+        kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM)?;
+        let ended = eventually("the daemon ends", async || Ok(child.try_wait()?)).await;
+        if ended.is_err() {
+            child.kill()?;
+            child.wait()?;
+        }
+        ended.map(drop)
+    }
+
+    /// Stops the daemon and asserts that nothing of the test is left on the machine.
+    ///
+    /// # Errors
+    /// Lists what is left.
+    pub async fn finish(mut self) -> Result<()> {
+        // Shims and their mounts go a moment after the last delete was answered.
+        let left = eventually("nothing is left", async || {
+            let mut left = leftovers::find(&self.dir, &self.namespace);
+            let own = self.child.as_ref().map(Child::id);
+            left.retain(|line| own.is_none_or(|pid| !line.starts_with(&format!("process {pid}:"))));
+            Ok(left.is_empty().then_some(()))
+        })
+        .await;
+        if left.is_err() {
+            let log = self.log();
+            let tail: Vec<_> = log.lines().rev().take(20).collect();
+            let tail: Vec<_> = tail.into_iter().rev().collect();
+            anyhow::bail!(
+                "left over: {:#?}\nend of the log:\n{}",
+                leftovers::find(&self.dir, &self.namespace),
+                tail.join("\n")
+            );
+        }
+        self.stop().await?;
+        let after = leftovers::find(&self.dir, &self.namespace);
+        anyhow::ensure!(
+            after.is_empty(),
+            "left over after the daemon's end: {after:#?}"
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    /// A test that failed must not disturb the next: everything of it is ended, then removed.
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        for _ in 0..50 {
+            let left = leftovers::processes(&self.dir, &self.namespace);
+            if left.is_empty() {
+                break;
+            }
+            for (pid, _) in left {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        for point in leftovers::mounts(&self.dir) {
+            let _ = nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH);
+        }
+        for group in leftovers::cgroups(&self.namespace) {
+            let _ = fs::remove_dir(group);
+        }
+        leftovers::remove_cgroup_parents(&self.namespace);
+        if std::env::var_os("LIGHTER_KEEP").is_none() {
+            let _ = fs::remove_dir_all(&self.dir);
+        }
+    }
+}
