@@ -1,0 +1,63 @@
+# The front door: `make help` lists what there is.
+SHELL := /bin/bash
+CARGO ?= cargo
+PREFIX ?= /usr/local
+DESTDIR ?=
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+STATIC_TARGET := x86_64-unknown-linux-gnu
+# The shim is one process per container: static, so that it maps nothing it does not use.
+SHIM_BUILD = RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --profile shim --target $(STATIC_TARGET) \
+	-p lighter-shim -p lighter-oci
+
+.PHONY: help deps build release run test integration bench fuzz lint fmt doc install clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+deps: ## Install the Debian packages that building and testing need
+	integration/scripts/deps.sh
+
+build: ## Debug build of everything
+	$(CARGO) build --workspace
+
+release: ## Optimised build; the shim and the OCI runtime static
+	$(CARGO) build --release --workspace --bins --exclude lighter-shim --exclude lighter-oci
+	$(SHIM_BUILD)
+	install -m 755 $(TARGET_DIR)/$(STATIC_TARGET)/shim/containerd-shim-lighter-v2 \
+		$(TARGET_DIR)/$(STATIC_TARGET)/shim/lighter-oci $(TARGET_DIR)/release/
+
+run: ## Start a daemon on a scratch root and run a container (KEEP=1: leave it running; IMAGE=…: pull)
+	integration/scripts/deps.sh run
+	$(MAKE) --no-print-directory release
+	integration/scripts/run.sh
+
+test: ## Every test; the last line counts them
+	integration/scripts/deps.sh
+	integration/scripts/test.sh
+
+integration: ## The black-box suite alone, on SUBJECT=lighter (default) or SUBJECT=containerd
+	$(CARGO) build --workspace --bins
+	$(CARGO) test -p lighter-integration -- --test-threads=2
+
+bench: ## Speed and memory beside containerd, as ratios
+	$(MAKE) --no-print-directory release
+	LIGHTER_BIN_DIR=$(TARGET_DIR)/release $(CARGO) bench -p lighter-integration
+
+lint: ## Format check, clippy, docs, and cargo-deny where it is installed
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps -q
+	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check; else echo "cargo-deny is not installed: skipped"; fi
+
+fmt: ## Format
+	$(CARGO) fmt --all
+
+doc: ## Build the documentation
+	$(CARGO) doc --workspace --no-deps
+
+install: release ## Install below $(DESTDIR)$(PREFIX)
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(addprefix $(TARGET_DIR)/release/,lighterd ctr containerd-shim-lighter-v2 lighter-oci) $(DESTDIR)$(PREFIX)/bin/
+
+clean: ## Remove what was built
+	$(CARGO) clean
