@@ -6,21 +6,31 @@
 //!                     └─ wake ─► committer: sync, then `durable = n' ≥ n`┘
 //! ```
 //!
-//! Batches applied while the committer syncs share its next sync. A failed sync stops the database:
-//! what is on disk is no longer known, so every pending and later ticket fails.
+//! Batches applied while the committer syncs share its next sync. Hooks of a batch run on the
+//! committer, in the order of the batches, after its sync and before its ticket is released. A
+//! failed or panicking write or sync stops the database: what is on disk is no longer known, so
+//! every pending and later ticket fails.
+//!
+//! The thread ends when the last handle is dropped, after a last sync of what was applied.
 //!
 //! Export file: `lighter-kv 1\n`, then per pair key length (u32 BE), value length (u32 BE), key,
 //! value, and at the end a record of key length `u32::MAX` with the number of pairs (u64 BE).
 
+use std::collections::VecDeque;
 use std::fs::{self, File};
+use std::future::Future;
 use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::{Context, Poll};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::{Backend, Db, Error, Key, Value};
+use crate::{Backend, Db, Error, Hook, Key, Value};
 
 /// First line of an export; the number is the version of its format.
 const EXPORT_HEADER: &[u8] = b"lighter-kv 1\n";
@@ -40,17 +50,34 @@ enum Progress {
     Failed(String),
 }
 
-#[derive(Debug)]
+/// How often the free space is looked at while there are commits.
+const SPACE_CHECK: Duration = Duration::from_millis(200);
+/// With less than this free, in bytes, only batches that remove are accepted.
+const LOW_SPACE_BYTES: u64 = 4 << 20;
+
 pub(crate) struct Shared {
     backend: Box<dyn Backend>,
     writer: Mutex<()>,
     /// Number of the newest applied batch. Written under `writer`.
     applied: AtomicU64,
+    /// Hooks of batches that are not durable yet, with their batch's number. Pushed under `writer`.
+    hooks: Mutex<VecDeque<(u64, Hook)>>,
     /// The committer sleeps here; the flag says that there is work or that it should end.
     wake: (Mutex<Wake>, Condvar),
-    /// Sender: the committer. Receivers: tickets. Closed when the committer is gone.
+    /// Sender: the committer. Receivers: tickets. Closed when the database is gone.
     progress: watch::Sender<Progress>,
     failed: OnceLock<String>,
+    low_space: AtomicBool,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared")
+            .field("backend", &self.backend)
+            .field("applied", &self.applied)
+            .field("failed", &self.failed)
+            .finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -59,26 +86,58 @@ struct Wake {
     stop: bool,
 }
 
-impl Shared {
-    pub(crate) fn start(backend: Box<dyn Backend>) -> Result<Arc<Self>, Error> {
+/// The last handle's drop ends the committer.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    shared: Arc<Shared>,
+    committer: Option<JoinHandle<()>>,
+}
+
+impl std::ops::Deref for Handle {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.shared
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        lock(&self.shared.wake.0).stop = true;
+        self.shared.wake.1.notify_one();
+        let Some(committer) = self.committer.take() else {
+            return;
+        };
+        // A hook may hold the last handle; the committer cannot wait for itself.
+        if committer.thread().id() != std::thread::current().id() {
+            let _ = committer.join();
+        }
+    }
+}
+
+impl Handle {
+    pub(crate) fn start(backend: Box<dyn Backend>) -> Result<Self, Error> {
         let (progress, _) = watch::channel(Progress::Durable(0));
-        let shared = Arc::new(Self {
+        let shared = Arc::new(Shared {
             backend,
             writer: Mutex::new(()),
             applied: AtomicU64::new(0),
+            hooks: Mutex::default(),
             wake: (Mutex::default(), Condvar::new()),
             progress,
             failed: OnceLock::new(),
+            low_space: AtomicBool::new(false),
         });
-        let weak = Arc::downgrade(&shared);
-        std::thread::Builder::new()
+        let worker = shared.clone();
+        let committer = std::thread::Builder::new()
             .name("committer".to_owned())
             .spawn(move || {
-                // The thread holds the state only while it works, so that the last handle's drop
-                // can end it.
-                while let Some(shared) = weak.upgrade() {
-                    if !shared.commit_next() {
-                        break;
+                let mut space_checked = Instant::now();
+                worker.check_space();
+                while worker.commit_next() {
+                    if space_checked.elapsed() >= SPACE_CHECK {
+                        worker.check_space();
+                        space_checked = Instant::now();
                     }
                 }
             })
@@ -86,9 +145,14 @@ impl Shared {
                 operation: "start the committer",
                 source,
             })?;
-        Ok(shared)
+        Ok(Self {
+            shared,
+            committer: Some(committer),
+        })
     }
+}
 
+impl Shared {
     pub(crate) fn backend(&self) -> &dyn Backend {
         self.backend.as_ref()
     }
@@ -100,42 +164,94 @@ impl Shared {
         }
     }
 
-    /// Waits for work up to a while, then syncs once. False when the thread should end.
+    /// Why the database stopped, once it did.
+    pub(crate) async fn stopped(&self) -> String {
+        let mut progress = self.progress.subscribe();
+        loop {
+            if let Some(reason) = self.failed.get() {
+                return reason.clone();
+            }
+            if progress.changed().await.is_err() {
+                return "the database was closed".to_owned();
+            }
+        }
+    }
+
+    /// Waits for work, then syncs once. False when the thread should end.
     fn commit_next(&self) -> bool {
-        {
+        let stop = {
             let wake = lock(&self.wake.0);
-            let (mut wake, _) = self
+            let mut wake = self
                 .wake
                 .1
-                .wait_timeout_while(wake, IDLE_CHECK, |w| !w.work && !w.stop)
+                .wait_while(wake, |w| !w.work && !w.stop)
                 .unwrap_or_else(PoisonError::into_inner);
-            if wake.stop {
-                return false;
-            }
-            if !wake.work {
-                return true;
-            }
             wake.work = false;
-        }
+            wake.stop
+        };
         let target = self.applied.load(Ordering::Acquire);
-        match self.backend.sync() {
+        if stop && is_durable(&self.progress.borrow(), target) {
+            return false;
+        }
+        match guarded("sync", || self.backend.sync()) {
             Ok(()) => {
+                self.run_hooks(target);
                 self.progress.send_replace(Progress::Durable(target));
-                true
+                !stop
             }
             Err(error) => {
-                let reason = lighter_proto::errdefs::render(&error);
-                tracing::error!(%reason, "database commit failed; no more writes are accepted");
-                let _ = self.failed.set(reason.clone());
-                self.progress.send_replace(Progress::Failed(reason));
+                self.fail(&error);
                 false
             }
         }
     }
+
+    fn run_hooks(&self, target: u64) {
+        loop {
+            let hook = {
+                let mut hooks = lock(&self.hooks);
+                match hooks.front() {
+                    Some((number, _)) if *number <= target => hooks.pop_front(),
+                    _ => None,
+                }
+            };
+            let Some((_, hook)) = hook else { return };
+            if catch_unwind(AssertUnwindSafe(hook)).is_err() {
+                tracing::error!("a hook on a durable change panicked");
+            }
+        }
+    }
+
+    fn fail(&self, error: &Error) {
+        let reason = lighter_proto::errdefs::render(error);
+        tracing::error!(%reason, "database failed; no more writes are accepted");
+        let _ = self.failed.set(reason.clone());
+        self.progress.send_replace(Progress::Failed(reason));
+    }
+
+    fn check_space(&self) {
+        let low = self
+            .backend
+            .free_bytes()
+            .is_some_and(|free| free < LOW_SPACE_BYTES);
+        if low != self.low_space.swap(low, Ordering::Relaxed) {
+            tracing::warn!(low, "room for the database");
+        }
+    }
 }
 
-/// How often an idle committer looks whether anyone still holds the database.
-const IDLE_CHECK: std::time::Duration = std::time::Duration::from_secs(1);
+/// Runs a backend's call with its panics turned into errors: sled panics on some damage.
+fn guarded<T>(
+    operation: &'static str,
+    call: impl FnOnce() -> Result<T, Error>,
+) -> Result<T, Error> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| {
+        Err(Error::Io {
+            operation,
+            source: io::Error::other("the database panicked"),
+        })
+    })
+}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -148,16 +264,35 @@ pub(crate) struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    pub(crate) fn apply(&mut self, batch: &[(Key, Option<Value>)]) -> Result<Durable, Error> {
-        if let Some(reason) = self.shared.failed.get() {
+    pub(crate) fn apply(
+        &mut self,
+        batch: &[(Key, Option<Value>)],
+        hooks: Vec<Hook>,
+    ) -> Result<Durable, Error> {
+        let shared = self.shared;
+        if let Some(reason) = shared.failed.get() {
             return Err(Error::Stopped {
                 reason: reason.clone(),
             });
         }
-        if !batch.is_empty() {
-            self.shared.backend.apply(batch)?;
-            self.shared.applied.fetch_add(1, Ordering::Release);
+        if batch.is_empty() && hooks.is_empty() {
+            return Ok(self.ticket());
         }
+        if shared.low_space.load(Ordering::Relaxed) && batch.iter().any(|(_, v)| v.is_some()) {
+            // Removing is how room is made again; look anew, the disk may have been cleared.
+            shared.check_space();
+            if shared.low_space.load(Ordering::Relaxed) {
+                return Err(Error::Full);
+            }
+        }
+        if !batch.is_empty()
+            && let Err(error) = guarded("write", || shared.backend.apply(batch))
+        {
+            shared.fail(&error);
+            return Err(error);
+        }
+        let number = shared.applied.fetch_add(1, Ordering::Release) + 1;
+        lock(&shared.hooks).extend(hooks.into_iter().map(|hook| (number, hook)));
         Ok(self.ticket())
     }
 
@@ -212,13 +347,24 @@ impl Durable {
     /// # Errors
     /// [`Error::Stopped`] when the commit failed.
     pub fn wait_blocking(self) -> Result<(), Error> {
-        tokio::runtime::Builder::new_current_thread()
-            .build()
-            .map_err(|source| Error::Io {
-                operation: "wait for a commit",
-                source,
-            })?
-            .block_on(self.wait())
+        let waker = Arc::new(Unpark(std::thread::current())).into();
+        let mut context = Context::from_waker(&waker);
+        let mut wait = std::pin::pin!(self.wait());
+        loop {
+            match wait.as_mut().poll(&mut context) {
+                Poll::Ready(result) => return result,
+                Poll::Pending => std::thread::park(),
+            }
+        }
+    }
+}
+
+/// Wakes a thread that waits for a ticket.
+struct Unpark(std::thread::Thread);
+
+impl std::task::Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
     }
 }
 

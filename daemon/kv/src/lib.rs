@@ -41,7 +41,14 @@ pub(crate) trait Backend: Send + Sync + std::fmt::Debug {
     ) -> Result<Vec<(Key, Value)>, Error>;
     fn apply(&self, batch: &[(Key, Option<Value>)]) -> Result<(), Error>;
     fn sync(&self) -> Result<(), Error>;
+    /// Room left on the disk, where there is one.
+    fn free_bytes(&self) -> Option<u64> {
+        None
+    }
 }
+
+/// What runs on the committer once a change is durable, before its ticket is released.
+pub(crate) type Hook = Box<dyn FnOnce() + Send>;
 
 /// How to open a database.
 #[derive(Debug, Clone)]
@@ -64,7 +71,7 @@ impl Default for Options {
 /// A handle on the key space; clones share it.
 #[derive(Debug, Clone)]
 pub struct Db {
-    shared: Arc<commit::Shared>,
+    shared: Arc<commit::Handle>,
 }
 
 impl Db {
@@ -75,8 +82,12 @@ impl Db {
     /// cannot be read, [`Error::Io`] and [`Error::Full`] when the system refuses.
     pub fn open(path: &Path, options: &Options) -> Result<Self, Error> {
         let backend = sled::Sled::open(path, options)?;
+        Self::over(Box::new(backend))
+    }
+
+    fn over(backend: Box<dyn Backend>) -> Result<Self, Error> {
         Ok(Self {
-            shared: commit::Shared::start(Box::new(backend))?,
+            shared: Arc::new(commit::Handle::start(backend)?),
         })
     }
 
@@ -85,9 +96,7 @@ impl Db {
     /// # Errors
     /// When the committer thread cannot be started.
     pub fn in_memory() -> Result<Self, Error> {
-        Ok(Self {
-            shared: commit::Shared::start(Box::new(memory::Memory::default()))?,
-        })
+        Self::over(Box::new(memory::Memory::default()))
     }
 
     /// The value at `key`.
@@ -135,11 +144,17 @@ impl Db {
         let mut tx = Tx {
             backend: self.shared.backend(),
             writes: std::collections::BTreeMap::new(),
+            hooks: Vec::new(),
         };
         let result = change(&mut tx)?;
         let batch: Vec<_> = tx.writes.into_iter().collect();
-        let ticket = writer.apply(&batch).map_err(E::from)?;
+        let ticket = writer.apply(&batch, tx.hooks).map_err(E::from)?;
         Ok((result, ticket))
+    }
+
+    /// Waits until the database fails, and says why; afterwards the process should end.
+    pub async fn stopped(&self) -> String {
+        self.shared.stopped().await
     }
 
     /// A ticket that is released once everything applied so far is durable.
@@ -166,10 +181,18 @@ impl Db {
 }
 
 /// What a change sees and writes: the current state under its own writes.
-#[derive(Debug)]
 pub struct Tx<'a> {
     backend: &'a dyn Backend,
     writes: std::collections::BTreeMap<Key, Option<Value>>,
+    hooks: Vec<Hook>,
+}
+
+impl std::fmt::Debug for Tx<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tx")
+            .field("writes", &self.writes.len())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Tx<'_> {
@@ -247,6 +270,19 @@ impl Tx<'_> {
     /// Removes `key`; nothing happens when it is absent.
     pub fn delete(&mut self, key: impl Into<Key>) {
         self.writes.insert(key.into(), None);
+    }
+
+    /// What this change writes so far, in key order; `None` is a removal.
+    pub fn writes(&self) -> impl Iterator<Item = (&[u8], Option<&[u8]>)> {
+        self.writes
+            .iter()
+            .map(|(key, value)| (key.as_slice(), value.as_deref()))
+    }
+
+    /// Runs `hook` once the change is durable, before its ticket is released. Hooks of all changes
+    /// run one after the other in the order of the changes; they must be short and must not write.
+    pub fn on_durable(&mut self, hook: impl FnOnce() + Send + 'static) {
+        self.hooks.push(Box::new(hook));
     }
 }
 

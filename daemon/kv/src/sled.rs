@@ -166,6 +166,11 @@ impl Backend for Sled {
         }
         self.log.sync_data().map_err(|e| io_error("fdatasync", e))
     }
+
+    fn free_bytes(&self) -> Option<u64> {
+        let stat = rustix::fs::fstatvfs(&self.log).ok()?;
+        Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
 }
 
 fn sync_dir(path: &Path) -> Result<(), Error> {
