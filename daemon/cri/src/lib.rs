@@ -1,1 +1,8 @@
-//! Skeleton.
+//! The CRI plugin: what a kubelet needs, on top of the engine.
+//!
+//! The leaf modules need no engine: pod networks ([`cni`], [`netns`]).
+
+pub mod cni;
+pub mod netns;
+
+mod sys;
