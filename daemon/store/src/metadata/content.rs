@@ -1,12 +1,16 @@
 //! Blobs as a namespace sees them, and the ingests that become blobs.
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
 
+use super::db::{Change, Inner};
+use super::keys;
+use super::records::{IngestRecord, decode};
 use crate::content::{BlobReader, IngestStatus};
 use crate::filter::Filter;
-use crate::{Digest, Error, Labels, Scope};
+use crate::{Digest, Error, Labels, Namespace, Scope};
 
 /// The record of a blob in a namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,13 +29,18 @@ pub struct BlobInfo {
 
 /// Blobs of all namespaces.
 #[derive(Debug, Clone)]
-pub struct Content {}
+pub struct Content {
+    inner: Arc<Inner>,
+}
 
 /// An open ingest: holds the lock on its ref until dropped; dropping keeps the bytes for resume.
 #[derive(Debug)]
 pub struct Writer {}
 
 impl Content {
+    pub(crate) fn over(inner: Arc<Inner>) -> Self {
+        Self { inner }
+    }
     /// The record of a blob.
     ///
     /// # Errors
@@ -164,4 +173,26 @@ impl Writer {
     ) -> Result<Digest, Error> {
         todo!()
     }
+}
+
+/// Removes an ingest's record, given as its key and value, and its hold on a shared file.
+pub(crate) fn forget_ingest(
+    change: &mut Change<'_, '_>,
+    namespace: &Namespace,
+    key: &[u8],
+    value: &[u8],
+) -> Result<(), Error> {
+    let record: IngestRecord = decode(value, || "ingest record".to_owned())?;
+    if !record.expected.is_empty() {
+        let (_, mut parts) = keys::Parts::of(key).ok_or_else(|| Error::Damaged {
+            what: "ingest key".to_owned(),
+        })?;
+        parts.name();
+        if let Some(reference) = parts.last() {
+            change.delete(keys::holder(&record.expected, namespace, reference));
+        }
+    }
+    change.delete(key.to_vec());
+    change.dirty();
+    Ok(())
 }

@@ -1,9 +1,16 @@
 //! Leases: what keeps objects that nothing refers to yet.
 
+use std::borrow::Cow;
+use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::filter::Filter;
-use crate::{Error, Labels, Scope};
+use lighter_proto::time::{from_nanos, to_nanos};
+
+use super::db::{Change, Inner};
+use super::keys::{self, Parts, table};
+use super::records::LeaseRecord;
+use crate::filter::{self, Fields, Filter};
+use crate::{Digest, Error, Labels, Scope, labels};
 
 /// One lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,56 +32,283 @@ pub struct Resource {
     pub kind: String,
 }
 
+/// Kind of a blob in a lease.
+pub const KIND_CONTENT: &str = "content";
+/// Kind of an ingest in a lease.
+pub const KIND_INGESTS: &str = "ingests";
+/// Kind of an image in a lease.
+pub const KIND_IMAGES: &str = "images";
+/// Start of the kind of a snapshot in a lease; the snapshotter follows.
+pub const KIND_SNAPSHOTS: &str = "snapshots/";
+
+impl Fields for Lease {
+    fn field(&self, path: &[String]) -> Option<Cow<'_, str>> {
+        match path.split_first()? {
+            (first, []) if first == "id" => Some(Cow::Borrowed(&self.id)),
+            (first, rest) if first == "labels" => filter::entry(&self.labels, rest),
+            _ => None,
+        }
+    }
+}
+
+impl Resource {
+    fn check(&self) -> Result<(), Error> {
+        match self.kind.as_str() {
+            KIND_CONTENT => {
+                Digest::parse(&self.id)?;
+            }
+            KIND_INGESTS | KIND_IMAGES => {}
+            kind => match kind.split_once('/') {
+                Some(("snapshots", snapshotter))
+                    if !snapshotter.is_empty() && !snapshotter.contains('/') => {}
+                Some(("snapshots", _)) | None if kind.starts_with("snapshots") => {
+                    return Err(Error::Invalid {
+                        reason: format!("invalid snapshot resource type: {kind}"),
+                    });
+                }
+                _ => {
+                    return Err(Error::Unimplemented {
+                        what: format!("resource type {kind} not supported yet"),
+                    });
+                }
+            },
+        }
+        if self.id.is_empty() {
+            return Err(Error::Invalid {
+                reason: format!("resource of type {} needs an id", self.kind),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Adds what a request made or found to its lease.
+pub(crate) fn attach(
+    change: &mut Change<'_, '_>,
+    scope: &Scope,
+    kind: &str,
+    id: &str,
+) -> Result<(), Error> {
+    let Some(lease) = &scope.lease else {
+        return Ok(());
+    };
+    require(change, scope, lease).map_err(|_| Error::NotFound {
+        what: "lease does not exist".to_owned(),
+    })?;
+    change.mark(keys::resources(&scope.namespace, lease).name(kind).last(id));
+    Ok(())
+}
+
+/// Takes what a request removed off its lease.
+pub(crate) fn detach(change: &mut Change<'_, '_>, scope: &Scope, kind: &str, id: &str) {
+    if let Some(lease) = &scope.lease {
+        change.delete(keys::resources(&scope.namespace, lease).name(kind).last(id));
+    }
+}
+
+/// Fails when the request names a lease that does not exist.
+pub(crate) fn check(change: &Change<'_, '_>, scope: &Scope) -> Result<(), Error> {
+    match &scope.lease {
+        Some(lease) => require(change, scope, lease).map_err(|_| Error::NotFound {
+            what: "lease does not exist".to_owned(),
+        }),
+        None => Ok(()),
+    }
+}
+
+fn require(change: &Change<'_, '_>, scope: &Scope, id: &str) -> Result<(), Error> {
+    if change.contains(&keys::object(table::LEASES, &scope.namespace, id))? {
+        Ok(())
+    } else {
+        Err(not_found(id))
+    }
+}
+
+fn not_found(id: &str) -> Error {
+    Error::NotFound {
+        what: format!("lease \"{id}\""),
+    }
+}
+
+fn lease_of(id: String, record: LeaseRecord) -> Lease {
+    Lease {
+        id,
+        created_at: from_nanos(record.created),
+        labels: record.labels,
+    }
+}
+
+/// An id as upstream's clients make them: nanoseconds and four characters of base64url.
+fn random_id(now: SystemTime) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let nanos = to_nanos(now) % 1_000_000_000;
+    let tail: String = rand::random::<[u8; 4]>()
+        .iter()
+        .map(|byte| char::from(ALPHABET[usize::from(byte & 63)]))
+        .collect();
+    format!("{nanos}-{tail}")
+}
+
 /// Leases of all namespaces.
 #[derive(Debug, Clone)]
-pub struct Leases {}
+pub struct Leases {
+    inner: Arc<Inner>,
+}
 
 impl Leases {
+    pub(crate) fn over(inner: Arc<Inner>) -> Self {
+        Self { inner }
+    }
+
     /// Makes a lease; an empty id gets a random one.
     ///
     /// # Errors
     /// `AlreadyExists`, `InvalidArgument`.
-    pub async fn create(&self, _scope: &Scope, _id: &str, _labels: Labels) -> Result<Lease, Error> {
-        todo!()
+    pub async fn create(
+        &self,
+        scope: &Scope,
+        id: &str,
+        mut labels: Labels,
+    ) -> Result<Lease, Error> {
+        labels::check(&labels)?;
+        labels::drop_empty(&mut labels);
+        let now = SystemTime::now();
+        let id = match id {
+            "" => random_id(now),
+            id => id.to_owned(),
+        };
+        let record = LeaseRecord {
+            created: to_nanos(now),
+            labels,
+        };
+        self.inner
+            .update(|change| {
+                let key = keys::object(table::LEASES, &scope.namespace, &id);
+                if change.contains(&key)? {
+                    return Err(Error::AlreadyExists {
+                        what: format!("lease \"{id}\""),
+                    });
+                }
+                change.ensure_namespace(&scope.namespace)?;
+                change.put(key, &record);
+                Ok(lease_of(id, record))
+            })
+            .await
     }
+
+    /// One lease.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn get(&self, scope: &Scope, id: &str) -> Result<Lease, Error> {
+        let key = keys::object(table::LEASES, &scope.namespace, id);
+        let record = self.inner.get(&key, || format!("lease \"{id}\""))?;
+        record
+            .map(|record| lease_of(id.to_owned(), record))
+            .ok_or_else(|| not_found(id))
+    }
+
     /// Ends a lease. (A synchronous delete also runs a collection: the caller does that.)
     ///
     /// # Errors
     /// `NotFound`.
-    pub async fn delete(&self, _scope: &Scope, _id: &str) -> Result<(), Error> {
-        todo!()
+    pub async fn delete(&self, scope: &Scope, id: &str) -> Result<(), Error> {
+        self.inner
+            .update(|change| {
+                require(change, scope, id)?;
+                remove(change, scope, id)
+            })
+            .await
     }
+
     /// Matching leases in byte order of id, expired ones included.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn list(&self, _scope: &Scope, _filter: &Filter) -> Result<Vec<Lease>, Error> {
-        todo!()
+    pub fn list(&self, scope: &Scope, filter: &Filter) -> Result<Vec<Lease>, Error> {
+        let all = self.inner.list(table::LEASES, &scope.namespace)?;
+        Ok(all
+            .into_iter()
+            .map(|(id, record)| lease_of(id, record))
+            .filter(|lease| filter.matches(lease))
+            .collect())
     }
+
     /// Adds a resource; its existence is not checked.
     ///
     /// # Errors
     /// `NotFound` for the lease, `InvalidArgument`, `Unimplemented` for an unknown kind.
-    pub async fn add(&self, _scope: &Scope, _id: &str, _resource: Resource) -> Result<(), Error> {
-        todo!()
+    pub async fn add(&self, scope: &Scope, id: &str, resource: Resource) -> Result<(), Error> {
+        resource.check()?;
+        self.inner
+            .update(|change| {
+                require(change, scope, id)?;
+                change.mark(resource_key(scope, id, &resource));
+                Ok(())
+            })
+            .await
     }
+
     /// Takes a resource off; absent is fine.
     ///
     /// # Errors
     /// `NotFound` for the lease, `InvalidArgument`, `Unimplemented` for an unknown kind.
-    pub async fn remove(
-        &self,
-        _scope: &Scope,
-        _id: &str,
-        _resource: &Resource,
-    ) -> Result<(), Error> {
-        todo!()
+    pub async fn remove(&self, scope: &Scope, id: &str, resource: &Resource) -> Result<(), Error> {
+        resource.check()?;
+        self.inner
+            .update(|change| {
+                require(change, scope, id)?;
+                change.delete(resource_key(scope, id, resource));
+                change.dirty();
+                Ok(())
+            })
+            .await
     }
+
     /// What a lease holds: content, images, ingests, snapshots.
     ///
     /// # Errors
     /// `NotFound`.
-    pub fn resources(&self, _scope: &Scope, _id: &str) -> Result<Vec<Resource>, Error> {
-        todo!()
+    pub fn resources(&self, scope: &Scope, id: &str) -> Result<Vec<Resource>, Error> {
+        self.get(scope, id)?;
+        let prefix = keys::resources(&scope.namespace, id).prefix();
+        let found = self.inner.kv.scan(&prefix)?;
+        found
+            .iter()
+            .map(|(key, _)| {
+                resource_of(key).ok_or_else(|| Error::Damaged {
+                    what: format!("resource of lease \"{id}\""),
+                })
+            })
+            .collect()
     }
+}
+
+fn resource_key(scope: &Scope, lease: &str, resource: &Resource) -> lighter_kv::Key {
+    keys::resources(&scope.namespace, lease)
+        .name(&resource.kind)
+        .last(&resource.id)
+}
+
+fn resource_of(key: &[u8]) -> Option<Resource> {
+    let (_, mut parts) = Parts::of(key)?;
+    parts.name()?;
+    parts.name()?;
+    Some(Resource {
+        kind: parts.name()?,
+        id: parts.last()?.to_owned(),
+    })
+}
+
+/// Removes a lease and what it lists, not what it protects.
+pub(crate) fn remove(change: &mut Change<'_, '_>, scope: &Scope, id: &str) -> Result<(), Error> {
+    change.delete(keys::object(table::LEASES, &scope.namespace, id));
+    for (key, _) in change
+        .tx
+        .scan(&keys::resources(&scope.namespace, id).prefix())?
+    {
+        change.delete(key);
+    }
+    change.dirty();
+    Ok(())
 }

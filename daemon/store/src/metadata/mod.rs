@@ -12,6 +12,10 @@ pub mod namespaces;
 pub mod sandboxes;
 pub mod snapshots;
 
+mod db;
+mod keys;
+mod records;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -40,8 +44,7 @@ pub enum SharingPolicy {
 /// All records. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Db {
-    #[allow(dead_code, reason = "skeleton")]
-    inner: Arc<()>,
+    inner: Arc<db::Inner>,
 }
 
 impl Db {
@@ -51,55 +54,67 @@ impl Db {
     /// # Errors
     /// When the schema version is unknown or the database fails.
     pub fn open(
-        _kv: lighter_kv::Db,
-        _content: Arc<dyn Store>,
-        _snapshotters: BTreeMap<String, Arc<dyn Snapshotter>>,
-        _events: Exchange,
-        _policy: SharingPolicy,
+        kv: lighter_kv::Db,
+        content: Arc<dyn Store>,
+        snapshotters: BTreeMap<String, Arc<dyn Snapshotter>>,
+        events: Exchange,
+        policy: SharingPolicy,
     ) -> Result<Self, crate::Error> {
-        todo!()
+        let inner = db::Inner::open(kv, content, snapshotters, events, policy)?;
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
     }
 
     /// Namespace records.
     #[must_use]
     pub fn namespaces(&self) -> Namespaces {
-        todo!()
+        Namespaces::over(self.inner.clone())
     }
     /// Container records.
     #[must_use]
     pub fn containers(&self) -> Containers {
-        todo!()
+        Containers::over(self.inner.clone())
     }
     /// Image records.
     #[must_use]
     pub fn images(&self) -> Images {
-        todo!()
+        Images::over(self.inner.clone())
     }
     /// Leases.
     #[must_use]
     pub fn leases(&self) -> Leases {
-        todo!()
+        Leases::over(self.inner.clone())
     }
     /// Sandbox records.
     #[must_use]
     pub fn sandboxes(&self) -> Sandboxes {
-        todo!()
+        Sandboxes::over(self.inner.clone())
     }
     /// Blobs as each namespace sees them.
     #[must_use]
     pub fn content(&self) -> Content {
-        todo!()
+        Content::over(self.inner.clone())
     }
     /// Snapshots of `snapshotter` as each namespace sees them.
     ///
     /// # Errors
     /// `InvalidArgument`: `snapshotter argument missing`, `snapshotter not loaded: x`.
-    pub fn snapshots(&self, _snapshotter: &str) -> Result<Snapshots, crate::Error> {
-        todo!()
+    pub fn snapshots(&self, snapshotter: &str) -> Result<Snapshots, crate::Error> {
+        Snapshots::over(self.inner.clone(), snapshotter)
+    }
+    /// Names of the snapshotters, in order.
+    pub fn snapshotters(&self) -> impl Iterator<Item = &str> {
+        self.inner.snapshotters.keys().map(String::as_str)
     }
     /// The exchange that changes are announced on.
     #[must_use]
     pub fn events(&self) -> &Exchange {
-        todo!()
+        &self.inner.events
+    }
+    /// Waits until work that its callers left behind has ended; call it before the process ends.
+    pub async fn close(&self) {
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
     }
 }

@@ -1,13 +1,19 @@
 //! Sandbox records.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use prost_types::Any;
 
 use super::Runtime;
-use crate::filter::Filter;
-use crate::{Error, Identifier, Labels, Scope};
+use super::containers::{check_extensions, set_extension};
+use super::db::Inner;
+use super::keys::{self, table};
+use super::records::{SandboxRecord, Stamps};
+use crate::filter::{self, Fields, Filter};
+use crate::{Error, Identifier, Labels, Scope, labels};
 
 /// One sandbox record.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,49 +36,206 @@ pub struct Sandbox {
     pub extensions: BTreeMap<String, Any>,
 }
 
+impl Fields for Sandbox {
+    fn field(&self, path: &[String]) -> Option<Cow<'_, str>> {
+        match path.split_first()? {
+            (first, []) if first == "id" => Some(Cow::Borrowed(self.id.as_str())),
+            (first, rest) if first == "labels" => filter::entry(&self.labels, rest),
+            _ => None,
+        }
+    }
+}
+
+impl Sandbox {
+    fn check(&self) -> Result<(), Error> {
+        check_extensions(&self.extensions)?;
+        labels::check(&self.labels)?;
+        if self.runtime.name.is_empty() {
+            return Err(Error::Invalid {
+                reason: "sandbox.Runtime.Name must be set".to_owned(),
+            });
+        }
+        Ok(())
+    }
+
+    fn record(&self, stamps: Stamps) -> SandboxRecord {
+        SandboxRecord {
+            stamps,
+            labels: self.labels.clone(),
+            runtime: self.runtime.clone().into(),
+            spec: self.spec.clone(),
+            sandboxer: self.sandboxer.clone(),
+            extensions: self.extensions.clone(),
+        }
+    }
+
+    fn of(id: Identifier, record: SandboxRecord) -> Self {
+        Self {
+            id,
+            labels: record.labels,
+            runtime: record.runtime.into(),
+            spec: record.spec,
+            sandboxer: record.sandboxer,
+            created_at: record.stamps.created_at(),
+            updated_at: record.stamps.updated_at(),
+            extensions: record.extensions,
+        }
+    }
+
+    /// Takes over what `path` names from `request`.
+    fn set(&mut self, request: &Self, path: &str) -> Result<(), Error> {
+        match path.split_once('.') {
+            Some(("labels", key)) => labels::set_from(&mut self.labels, key, &request.labels),
+            Some(("extensions", key)) => {
+                set_extension(&mut self.extensions, key, &request.extensions);
+            }
+            None if path == "labels" => self.labels.clone_from(&request.labels),
+            None if path == "extensions" => self.extensions.clone_from(&request.extensions),
+            None if path == "runtime" => self.runtime.clone_from(&request.runtime),
+            None if path == "spec" => self.spec.clone_from(&request.spec),
+            _ => {
+                let object = format!("sandbox \"{}\"", self.id);
+                return Err(labels::unknown_path(path, &object));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Paths that an empty mask stands for.
+const MUTABLE: [&str; 4] = ["labels", "extensions", "runtime", "spec"];
+
 /// Sandbox records of all namespaces.
 #[derive(Debug, Clone)]
-pub struct Sandboxes {}
+pub struct Sandboxes {
+    inner: Arc<Inner>,
+}
 
 impl Sandboxes {
+    pub(crate) fn over(inner: Arc<Inner>) -> Self {
+        Self { inner }
+    }
+
     /// Records a sandbox.
     ///
     /// # Errors
     /// `AlreadyExists`, `InvalidArgument`.
-    pub async fn create(&self, _scope: &Scope, _sandbox: Sandbox) -> Result<Sandbox, Error> {
-        todo!()
+    pub async fn create(&self, scope: &Scope, mut sandbox: Sandbox) -> Result<Sandbox, Error> {
+        sandbox.check()?;
+        labels::drop_empty(&mut sandbox.labels);
+        let stamps = Stamps::now();
+        sandbox.created_at = stamps.created_at();
+        sandbox.updated_at = stamps.updated_at();
+        let record = sandbox.record(stamps);
+        self.inner
+            .update(|change| {
+                let key = keys::object(table::SANDBOXES, &scope.namespace, sandbox.id.as_str());
+                if change.contains(&key)? {
+                    return Err(Error::AlreadyExists {
+                        what: format!("sandbox \"{}\"", sandbox.id),
+                    });
+                }
+                change.ensure_namespace(&scope.namespace)?;
+                change.put(key, &record);
+                Ok(())
+            })
+            .await?;
+        Ok(sandbox)
     }
+
     /// One record.
     ///
     /// # Errors
     /// `NotFound`.
-    pub fn get(&self, _scope: &Scope, _id: &str) -> Result<Sandbox, Error> {
-        todo!()
+    pub fn get(&self, scope: &Scope, id: &str) -> Result<Sandbox, Error> {
+        let key = keys::object(table::SANDBOXES, &scope.namespace, id);
+        let record = self
+            .inner
+            .get(&key, || format!("sandbox \"{id}\""))?
+            .ok_or_else(|| not_found(id))?;
+        Ok(Sandbox::of(Identifier::new(id)?, record))
     }
+
     /// Matching records in byte order of id.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn list(&self, _scope: &Scope, _filter: &Filter) -> Result<Vec<Sandbox>, Error> {
-        todo!()
+    pub fn list(&self, scope: &Scope, filter: &Filter) -> Result<Vec<Sandbox>, Error> {
+        let mut found = Vec::new();
+        for (id, record) in self.inner.list(table::SANDBOXES, &scope.namespace)? {
+            let sandbox = Sandbox::of(Identifier::new(&id)?, record);
+            if filter.matches(&sandbox) {
+                found.push(sandbox);
+            }
+        }
+        Ok(found)
     }
+
     /// Changes what `fields` names.
     ///
     /// # Errors
     /// `NotFound`, `InvalidArgument`.
     pub async fn update(
         &self,
-        _scope: &Scope,
-        _sandbox: Sandbox,
-        _fields: &[String],
+        scope: &Scope,
+        sandbox: Sandbox,
+        fields: &[String],
     ) -> Result<Sandbox, Error> {
-        todo!()
+        let id = sandbox.id.as_str();
+        self.inner
+            .update(|change| {
+                let key = keys::object(table::SANDBOXES, &scope.namespace, id);
+                let record: SandboxRecord = change
+                    .get(&key, || format!("sandbox \"{id}\""))?
+                    .ok_or_else(|| not_found(id))?;
+                let mut stamps = record.stamps;
+                let mut updated = Sandbox::of(sandbox.id.clone(), record);
+                if fields.is_empty() {
+                    if sandbox.runtime.name != updated.runtime.name {
+                        return Err(Error::Invalid {
+                            reason: "sandbox.Runtime.Name field is immutable".to_owned(),
+                        });
+                    }
+                    for path in MUTABLE {
+                        updated.set(&sandbox, path)?;
+                    }
+                } else {
+                    for path in fields {
+                        updated.set(&sandbox, path)?;
+                    }
+                }
+                updated.check()?;
+                labels::drop_empty(&mut updated.labels);
+                stamps.touch();
+                updated.updated_at = stamps.updated_at();
+                change.put(key, &updated.record(stamps));
+                change.dirty();
+                Ok(updated)
+            })
+            .await
     }
+
     /// Removes a record.
     ///
     /// # Errors
     /// `NotFound`.
-    pub async fn delete(&self, _scope: &Scope, _id: &str) -> Result<(), Error> {
-        todo!()
+    pub async fn delete(&self, scope: &Scope, id: &str) -> Result<(), Error> {
+        self.inner
+            .update(|change| {
+                let key = keys::object(table::SANDBOXES, &scope.namespace, id);
+                if !change.contains(&key)? {
+                    return Err(not_found(id));
+                }
+                change.delete(key);
+                change.dirty();
+                Ok(())
+            })
+            .await
+    }
+}
+
+fn not_found(id: &str) -> Error {
+    Error::NotFound {
+        what: format!("sandbox {id:?}"),
     }
 }

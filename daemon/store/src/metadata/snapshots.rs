@@ -1,15 +1,36 @@
 //! Snapshots as a namespace sees them: client keys over a driver's own.
 
-use lighter_snapshotter::{CommitOptions, Info, LabelUpdate, Mount, Usage};
+use std::sync::Arc;
 
+use lighter_snapshotter::{CommitOptions, Info, LabelUpdate, Mount, Snapshotter, Usage};
+
+use super::db::Inner;
 use crate::filter::Filter;
 use crate::{Error, Labels, Scope};
 
 /// Snapshots of one snapshotter, in all namespaces.
 #[derive(Debug, Clone)]
-pub struct Snapshots {}
+pub struct Snapshots {
+    inner: Arc<Inner>,
+    name: Arc<str>,
+    driver: Arc<dyn Snapshotter>,
+}
 
 impl Snapshots {
+    pub(crate) fn over(inner: Arc<Inner>, name: &str) -> Result<Self, Error> {
+        let invalid = |reason: String| Err(Error::Invalid { reason });
+        if name.is_empty() {
+            return invalid("snapshotter argument missing".to_owned());
+        }
+        let Some(driver) = inner.snapshotters.get(name).cloned() else {
+            return invalid(format!("snapshotter not loaded: {name}"));
+        };
+        Ok(Self {
+            inner,
+            name: name.into(),
+            driver,
+        })
+    }
     /// The record of `key`.
     ///
     /// # Errors
