@@ -1,0 +1,374 @@
+//! CRI's three tables of the configuration file, typed.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// Everything CRI is configured by.
+#[derive(Debug, Clone, Default)]
+pub struct Cri {
+    /// `[plugins.'io.containerd.grpc.v1.cri']`
+    pub server: Server,
+    /// `[plugins.'io.containerd.cri.v1.images']`
+    pub images: Images,
+    /// `[plugins.'io.containerd.cri.v1.runtime']`
+    pub runtime: Runtime,
+}
+
+/// The streaming server.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Server {
+    /// Whether CRI is kept off the TCP listener.
+    pub disable_tcp_service: bool,
+    /// Address the streaming server listens on.
+    pub stream_server_address: String,
+    /// Port of it; `0` picks one.
+    pub stream_server_port: String,
+    /// Go duration after which an idle stream is closed.
+    pub stream_idle_timeout: String,
+    /// Whether streams use TLS.
+    pub enable_tls_streaming: bool,
+    /// Certificate and key for TLS.
+    pub x509_key_pair_streaming: KeyPair,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            disable_tcp_service: true,
+            stream_server_address: "127.0.0.1".to_owned(),
+            stream_server_port: "0".to_owned(),
+            stream_idle_timeout: "4h0m0s".to_owned(),
+            enable_tls_streaming: false,
+            x509_key_pair_streaming: KeyPair::default(),
+        }
+    }
+}
+
+/// Files of a certificate and its key.
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct KeyPair {
+    /// PEM certificate.
+    pub tls_cert_file: String,
+    /// PEM key.
+    pub tls_key_file: String,
+}
+
+/// The image service.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Images {
+    /// Snapshotter that images are unpacked to.
+    pub snapshotter: String,
+    /// Whether image annotations are kept from snapshotters.
+    pub disable_snapshot_annotations: bool,
+    /// Whether layer blobs are dropped after unpacking.
+    pub discard_unpacked_layers: bool,
+    /// Blobs downloaded at once for one image.
+    pub max_concurrent_downloads: u32,
+    /// Bytes of each ranged request in one layer; 0 is one request.
+    pub concurrent_layer_fetch_buffer: u64,
+    /// Go duration without progress after which a pull fails.
+    pub image_pull_progress_timeout: String,
+    /// Whether each unpacked layer is synced.
+    pub image_pull_with_sync_fs: bool,
+    /// Seconds between measurements of snapshots.
+    pub stats_collect_period: u64,
+    /// Whether pulls go the older way, past the transfer service.
+    pub use_local_image_pull: bool,
+    /// Images that are never collected, by role; `sandbox` is the pause image.
+    pub pinned_images: BTreeMap<String, String>,
+    /// Registries.
+    pub registry: Registry,
+    /// Decryption.
+    pub image_decryption: Decryption,
+    /// Platform and snapshotter by runtime handler.
+    pub runtime_platforms: BTreeMap<String, RuntimePlatform>,
+}
+
+impl Default for Images {
+    fn default() -> Self {
+        Self {
+            snapshotter: "overlayfs".to_owned(),
+            disable_snapshot_annotations: true,
+            discard_unpacked_layers: false,
+            max_concurrent_downloads: 3,
+            concurrent_layer_fetch_buffer: 0,
+            image_pull_progress_timeout: "5m0s".to_owned(),
+            image_pull_with_sync_fs: false,
+            stats_collect_period: 10,
+            use_local_image_pull: false,
+            pinned_images: BTreeMap::from([(
+                "sandbox".to_owned(),
+                "registry.k8s.io/pause:3.10.1".to_owned(),
+            )]),
+            registry: Registry::default(),
+            image_decryption: Decryption::default(),
+            runtime_platforms: BTreeMap::new(),
+        }
+    }
+}
+
+/// How registries are reached.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Registry {
+    /// Directories of `hosts.toml` files, joined by `:`.
+    pub config_path: String,
+    /// Headers sent to every registry.
+    pub headers: BTreeMap<String, Vec<String>>,
+    /// Deprecated: mirrors by host.
+    pub mirrors: BTreeMap<String, Mirror>,
+    /// Deprecated: credentials and TLS by host.
+    pub configs: BTreeMap<String, toml::Table>,
+    /// Deprecated: credentials by URL.
+    pub auths: BTreeMap<String, toml::Table>,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self {
+            config_path: "/etc/containerd/certs.d:/etc/docker/certs.d".to_owned(),
+            headers: BTreeMap::new(),
+            mirrors: BTreeMap::new(),
+            configs: BTreeMap::new(),
+            auths: BTreeMap::new(),
+        }
+    }
+}
+
+/// Deprecated mirror table.
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Mirror {
+    /// URLs in order of preference.
+    pub endpoint: Vec<String>,
+}
+
+/// How encrypted images are treated.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Decryption {
+    /// `node`, or empty for none.
+    pub key_model: String,
+}
+
+impl Default for Decryption {
+    fn default() -> Self {
+        Self {
+            key_model: "node".to_owned(),
+        }
+    }
+}
+
+/// Platform and snapshotter of one runtime handler.
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RuntimePlatform {
+    /// Platform string.
+    pub platform: String,
+    /// Snapshotter.
+    pub snapshotter: String,
+}
+
+/// The runtime service.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+#[allow(clippy::struct_excessive_bools, reason = "the file's keys")]
+pub struct Runtime {
+    /// Runtimes.
+    pub containerd: Containerd,
+    /// Pod networks.
+    pub cni: Cni,
+    /// Whether SELinux labels are set.
+    pub enable_selinux: bool,
+    /// Upper bound of SELinux categories.
+    pub selinux_category_range: u32,
+    /// Bytes at which a log line is split; negative never splits.
+    pub max_container_log_line_size: i64,
+    /// Whether AppArmor is left alone.
+    pub disable_apparmor: bool,
+    /// Whether `oom_score_adj` is clamped to the daemon's own.
+    pub restrict_oom_score_adj: bool,
+    /// Whether proc mount requests are ignored.
+    pub disable_proc_mount: bool,
+    /// Profile of containers that ask for none.
+    pub unset_seccomp_profile: String,
+    /// Whether a missing hugetlb controller is no error.
+    pub tolerate_missing_hugetlb_controller: bool,
+    /// Whether the hugetlb controller is left alone.
+    pub disable_hugetlb_controller: bool,
+    /// Whether devices get their owner from the security context.
+    pub device_ownership_from_security_context: bool,
+    /// Whether volumes of the image are ignored.
+    pub ignore_image_defined_volumes: bool,
+    /// Whether network namespaces are mounted below the state directory.
+    pub netns_mounts_under_state_dir: bool,
+    /// Whether pods may bind low ports unprivileged.
+    pub enable_unprivileged_ports: bool,
+    /// Whether pods may ping unprivileged.
+    pub enable_unprivileged_icmp: bool,
+    /// Whether CDI devices are injected.
+    pub enable_cdi: bool,
+    /// Directories of CDI specs.
+    pub cdi_spec_dirs: Vec<String>,
+    /// Go duration given to the output of an `ExecSync` after its process ended; 0 is for ever.
+    pub drain_exec_sync_io_timeout: String,
+    /// Ids of deprecations not to warn about.
+    pub ignore_deprecation_warnings: Vec<String>,
+    /// Go duration between collections of statistics; empty is the default.
+    pub stats_collect_period: String,
+    /// Go duration that statistics are kept; empty is the default.
+    pub stats_retention_period: String,
+    /// Whether checkpoints are offered.
+    pub enable_criu: bool,
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        Self {
+            containerd: Containerd::default(),
+            cni: Cni::default(),
+            enable_selinux: false,
+            selinux_category_range: 1024,
+            max_container_log_line_size: 16384,
+            disable_apparmor: false,
+            restrict_oom_score_adj: false,
+            disable_proc_mount: false,
+            unset_seccomp_profile: String::new(),
+            tolerate_missing_hugetlb_controller: true,
+            disable_hugetlb_controller: true,
+            device_ownership_from_security_context: false,
+            ignore_image_defined_volumes: false,
+            netns_mounts_under_state_dir: false,
+            enable_unprivileged_ports: true,
+            enable_unprivileged_icmp: true,
+            enable_cdi: true,
+            cdi_spec_dirs: vec!["/etc/cdi".to_owned(), "/var/run/cdi".to_owned()],
+            drain_exec_sync_io_timeout: "0s".to_owned(),
+            ignore_deprecation_warnings: Vec::new(),
+            stats_collect_period: String::new(),
+            stats_retention_period: String::new(),
+            enable_criu: true,
+        }
+    }
+}
+
+/// Runtimes by handler.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Containerd {
+    /// Handler of pods that name none.
+    pub default_runtime_name: String,
+    /// Whether a block I/O class on a machine without them is no error.
+    pub ignore_blockio_not_enabled_errors: bool,
+    /// Whether an RDT class on a machine without them is no error.
+    pub ignore_rdt_not_enabled_errors: bool,
+    /// Handlers.
+    pub runtimes: BTreeMap<String, Handler>,
+}
+
+impl Default for Containerd {
+    fn default() -> Self {
+        Self {
+            default_runtime_name: "runc".to_owned(),
+            ignore_blockio_not_enabled_errors: false,
+            ignore_rdt_not_enabled_errors: false,
+            runtimes: BTreeMap::from([("runc".to_owned(), Handler::default())]),
+        }
+    }
+}
+
+/// One runtime handler.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Handler {
+    /// Runtime name.
+    pub runtime_type: String,
+    /// Absolute path of the shim, in place of the name.
+    pub runtime_path: String,
+    /// Pod annotations passed on (globs).
+    pub pod_annotations: Vec<String>,
+    /// Container annotations passed on (globs).
+    pub container_annotations: Vec<String>,
+    /// Options for the shim.
+    pub options: toml::Table,
+    /// Whether privileged containers get no host devices.
+    pub privileged_without_host_devices: bool,
+    /// Whether such containers may use all devices.
+    pub privileged_without_host_devices_all_devices_allowed: bool,
+    /// Whether containers may write their cgroup.
+    pub cgroup_writable: bool,
+    /// File of the base OCI spec.
+    pub base_runtime_spec: String,
+    /// CNI directory of this handler.
+    pub cni_conf_dir: String,
+    /// CNI configurations loaded from it.
+    pub cni_max_conf_num: u32,
+    /// Snapshotter of this handler.
+    pub snapshotter: String,
+    /// Sandbox controller.
+    pub sandboxer: String,
+    /// Whether no pause image is pulled.
+    pub disable_pause_image_pull: bool,
+    /// `""` or `fifo`, or `streaming`.
+    pub io_type: String,
+}
+
+impl Default for Handler {
+    fn default() -> Self {
+        Self {
+            runtime_type: "io.containerd.runc.v2".to_owned(),
+            runtime_path: String::new(),
+            pod_annotations: Vec::new(),
+            container_annotations: Vec::new(),
+            options: toml::Table::new(),
+            privileged_without_host_devices: false,
+            privileged_without_host_devices_all_devices_allowed: false,
+            cgroup_writable: false,
+            base_runtime_spec: String::new(),
+            cni_conf_dir: String::new(),
+            cni_max_conf_num: 0,
+            snapshotter: String::new(),
+            sandboxer: "podsandbox".to_owned(),
+            disable_pause_image_pull: false,
+            io_type: String::new(),
+        }
+    }
+}
+
+/// Pod networks.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cni {
+    /// Directories of plugin binaries.
+    pub bin_dirs: Vec<String>,
+    /// Directory of configurations.
+    pub conf_dir: String,
+    /// Configurations used; 0 is all.
+    pub max_conf_num: u32,
+    /// Whether networks are set up one after the other.
+    pub setup_serially: bool,
+    /// Template the configuration is made from when the pod range is known.
+    pub conf_template: String,
+    /// `ipv4`, `ipv6` or `cni`; empty is `ipv4`.
+    pub ip_pref: String,
+    /// Whether loopback is brought up without a plugin.
+    pub use_internal_loopback: bool,
+}
+
+impl Default for Cni {
+    fn default() -> Self {
+        Self {
+            bin_dirs: vec!["/opt/cni/bin".to_owned()],
+            conf_dir: "/etc/cni/net.d".to_owned(),
+            max_conf_num: 1,
+            setup_serially: false,
+            conf_template: String::new(),
+            ip_pref: String::new(),
+            use_internal_loopback: false,
+        }
+    }
+}
