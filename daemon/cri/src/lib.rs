@@ -1,8 +1,9 @@
 //! The CRI plugin: what a kubelet needs, on top of the engine.
 //!
-//! The leaf modules need no engine: pod networks ([`cni`], [`netns`]).
+//! The leaf modules need no engine: configuration ([`config`]), pod networks ([`cni`], [`netns`]).
 
 pub mod cni;
+pub mod config;
 pub mod netns;
 
 mod sys;

@@ -101,13 +101,30 @@ mod tests {
 
     #[test]
     fn flags_are_read_with_one_dash_or_two_and_before_or_after_the_command() {
-        let cli = parse(&["lighterd", "-address", "/run/a.sock", "publish", "-topic", "/t", "--namespace=n"]);
+        let cli = parse(&[
+            "lighterd",
+            "-address",
+            "/run/a.sock",
+            "publish",
+            "-topic",
+            "/t",
+            "--namespace=n",
+        ]);
         assert_eq!(cli.address.as_deref(), Some("/run/a.sock"));
         let Some(Command::Publish { namespace, topic }) = cli.command else {
             panic!("not publish");
         };
         assert_eq!((namespace.as_str(), topic.as_str()), ("n", "/t"));
-        let cli = parse(&["lighterd", "publish", "--topic", "/t", "--namespace", "n", "-a", "/x"]);
+        let cli = parse(&[
+            "lighterd",
+            "publish",
+            "--topic",
+            "/t",
+            "--namespace",
+            "n",
+            "-a",
+            "/x",
+        ]);
         assert_eq!(cli.address.as_deref(), Some("/x"));
         assert!(parse(&["lighterd", "-v"]).version);
     }

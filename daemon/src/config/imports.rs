@@ -132,7 +132,11 @@ mod tests {
             "version = 3\nimports = ['conf.d/*.toml']\nroot='/a'\n[debug]\nlevel='info'\nformat='text'\n",
         )
         .unwrap();
-        std::fs::write(conf.join("10.toml"), "version = 3\n[debug]\nlevel='debug'\n").unwrap();
+        std::fs::write(
+            conf.join("10.toml"),
+            "version = 3\n[debug]\nlevel='debug'\n",
+        )
+        .unwrap();
         std::fs::write(
             conf.join("20.toml"),
             "version = 3\nimports = ['../config.toml']\nroot='/b'\n",

@@ -68,7 +68,7 @@ const DROPPED_KEYS: [&str; 3] = ["systemd_cgroup", "enable_unprivileged", "no_pi
 ///
 /// # Errors
 /// When its version is unknown or a table is no table.
-pub(super) fn to_latest(mut table: Table, path: &Path) -> Result<Table, Error> {
+pub(crate) fn to_latest(mut table: Table, path: &Path) -> Result<Table, Error> {
     let version = match table.get("version") {
         None => 1,
         Some(Value::Integer(version)) => *version,
@@ -82,7 +82,9 @@ pub(super) fn to_latest(mut table: Table, path: &Path) -> Result<Table, Error> {
     if !(1..=NEWEST).contains(&version) {
         return Err(Error::Invalid {
             place: format!("{}: version", path.display()),
-            reason: format!("expected containerd config version equal to or less than `{NEWEST}`, got `{version}`"),
+            reason: format!(
+                "expected containerd config version equal to or less than `{NEWEST}`, got `{version}`"
+            ),
         });
     }
     if version < 2 {
@@ -233,7 +235,10 @@ fn rename_shim_manager(table: &mut Table) {
     let Value::Table(manager) = manager else {
         return;
     };
-    if old.remove("sched_core").is_some_and(|v| v.as_bool() == Some(true)) {
+    if old
+        .remove("sched_core")
+        .is_some_and(|v| v.as_bool() == Some(true))
+    {
         manager
             .entry("env")
             .or_insert_with(|| Value::Array(vec![Value::String("SCHED_CORE=1".to_owned())]));
@@ -263,11 +268,20 @@ mod tests {
         );
         let plugins = &table["plugins"];
         assert_eq!(plugins[CRI]["stream_server_port"].as_str(), Some("1"));
-        assert_eq!(plugins[CRI_IMAGES]["pinned_images"]["sandbox"].as_str(), Some("p:3"));
+        assert_eq!(
+            plugins[CRI_IMAGES]["pinned_images"]["sandbox"].as_str(),
+            Some("p:3")
+        );
         assert_eq!(plugins[CRI_IMAGES]["snapshotter"].as_str(), Some("native"));
         assert_eq!(plugins[CRI_RUNTIME]["enable_selinux"].as_bool(), Some(true));
-        assert_eq!(plugins[CRI_RUNTIME]["containerd"]["default_runtime_name"].as_str(), Some("x"));
-        assert_eq!(plugins[CRI_RUNTIME]["cni"]["bin_dirs"][0].as_str(), Some("/b"));
+        assert_eq!(
+            plugins[CRI_RUNTIME]["containerd"]["default_runtime_name"].as_str(),
+            Some("x")
+        );
+        assert_eq!(
+            plugins[CRI_RUNTIME]["cni"]["bin_dirs"][0].as_str(),
+            Some("/b")
+        );
         assert!(plugins[CRI_RUNTIME].get("systemd_cgroup").is_none());
     }
 

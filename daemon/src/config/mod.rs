@@ -25,7 +25,6 @@ pub(crate) const DEFAULT_PATH: &str = "/etc/containerd/config.toml";
 const DEFAULT_ROOT: &str = "/var/lib/containerd";
 const DEFAULT_STATE: &str = "/run/containerd";
 const DEFAULT_ADDRESS: &str = "/run/containerd/containerd.sock";
-const DEFAULT_DEBUG_ADDRESS: &str = "/run/containerd/debug.sock";
 /// Largest gRPC message either way, in bytes.
 const DEFAULT_MESSAGE_BYTES: usize = 16 << 20;
 
@@ -162,8 +161,8 @@ pub(crate) struct Config {
     pub(crate) limits: MessageLimits,
     /// Events of shims.
     pub(crate) ttrpc: Socket,
-    /// Debug socket; empty address for none.
-    pub(crate) debug: Socket,
+    /// Debug socket; an empty address is none, `None` is `debug.sock` in the state directory.
+    pub(crate) debug: Option<Socket>,
     /// Log level as given.
     pub(crate) log_level: String,
     /// Log format.
@@ -252,7 +251,10 @@ impl Config {
                 .into_iter()
                 .map(|name| format!("ignoring the table of unknown plugin {name}")),
         );
-        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        let (uid, gid) = (
+            nix::unistd::geteuid().as_raw(),
+            nix::unistd::getegid().as_raw(),
+        );
         let socket = |address: &str, own_uid: Option<u32>, own_gid: Option<u32>| Socket {
             address: PathBuf::from(address),
             uid: own_uid.unwrap_or(uid),
@@ -268,10 +270,23 @@ impl Config {
         if ttrpc.address.as_os_str().is_empty() {
             ttrpc.address = ttrpc_of(&grpc.address);
         }
-        let debug = socket(&file.debug.address, file.debug.uid, file.debug.gid);
+        let debug = file.debug.address.as_deref();
+        let debug = debug.map(|address| socket(address, file.debug.uid, file.debug.gid));
         Ok(Self {
-            root: absolute("root", Path::new(or_default(file.root.as_deref().unwrap_or_default(), DEFAULT_ROOT)))?,
-            state: absolute("state", Path::new(or_default(file.state.as_deref().unwrap_or_default(), DEFAULT_STATE)))?,
+            root: absolute(
+                "root",
+                Path::new(or_default(
+                    file.root.as_deref().unwrap_or_default(),
+                    DEFAULT_ROOT,
+                )),
+            )?,
+            state: absolute(
+                "state",
+                Path::new(or_default(
+                    file.state.as_deref().unwrap_or_default(),
+                    DEFAULT_STATE,
+                )),
+            )?,
             temp: file.temp.filter(|t| !t.is_empty()).map(PathBuf::from),
             tcp: tcp(&file.grpc)?,
             limits: MessageLimits {
@@ -286,7 +301,10 @@ impl Config {
                 "" | "text" => LogFormat::Text,
                 "json" => LogFormat::Json,
                 other => {
-                    return Err(Error::invalid("debug.format", format!("{other:?} is neither text nor json")));
+                    return Err(Error::invalid(
+                        "debug.format",
+                        format!("{other:?} is neither text nor json"),
+                    ));
                 }
             },
             metrics: Some(file.metrics.address).filter(|a| !a.is_empty()),
@@ -315,7 +333,11 @@ fn or_default<'a>(value: &'a str, default: &'a str) -> &'a str {
 }
 
 fn or_bytes(value: usize) -> usize {
-    if value == 0 { DEFAULT_MESSAGE_BYTES } else { value }
+    if value == 0 {
+        DEFAULT_MESSAGE_BYTES
+    } else {
+        value
+    }
 }
 
 fn ttrpc_of(address: &Path) -> PathBuf {
@@ -388,14 +410,23 @@ fn timeouts(raw: &BTreeMap<String, String>, warnings: &mut Vec<String>) -> Resul
 fn proxies(raw: BTreeMap<String, ProxyPlugin>) -> Result<BTreeMap<String, ProxyPlugin>, Error> {
     for (name, proxy) in &raw {
         let place = format!("proxy_plugins.{name}");
-        if !matches!(proxy.kind.as_str(), "snapshot" | "content" | "diff" | "sandbox") {
+        if !matches!(
+            proxy.kind.as_str(),
+            "snapshot" | "content" | "diff" | "sandbox"
+        ) {
             return Err(Error::invalid(
                 &format!("{place}.type"),
-                format!("{:?} is none of snapshot, content, diff, sandbox", proxy.kind),
+                format!(
+                    "{:?} is none of snapshot, content, diff, sandbox",
+                    proxy.kind
+                ),
             ));
         }
         if proxy.address.is_empty() {
-            return Err(Error::invalid(&format!("{place}.address"), "must not be empty"));
+            return Err(Error::invalid(
+                &format!("{place}.address"),
+                "must not be empty",
+            ));
         }
     }
     Ok(raw)
@@ -406,8 +437,12 @@ fn proxies(raw: BTreeMap<String, ProxyPlugin>) -> Result<BTreeMap<String, ProxyP
 /// # Errors
 /// When it is none, or negative.
 pub(crate) fn duration(place: &str, text: &str) -> Result<Duration, Error> {
-    parse_duration(text)
-        .ok_or_else(|| Error::invalid(place, format!("{text:?} is no duration such as 10s or 1m30s")))
+    parse_duration(text).ok_or_else(|| {
+        Error::invalid(
+            place,
+            format!("{text:?} is no duration such as 10s or 1m30s"),
+        )
+    })
 }
 
 fn parse_duration(text: &str) -> Option<Duration> {
@@ -462,11 +497,16 @@ mod tests {
         assert_eq!(config.warnings.len(), 1);
         assert!(config.warnings[0].contains("io.example.v1.x"));
         let error = Config::from_table(
-            "[plugins.'io.containerd.gc.v1.scheduler']\npause_treshold = 1.0\n".parse().unwrap(),
+            "[plugins.'io.containerd.gc.v1.scheduler']\npause_treshold = 1.0\n"
+                .parse()
+                .unwrap(),
         )
         .unwrap_err();
         let text = error.to_string();
-        assert!(text.contains("io.containerd.gc.v1.scheduler") && text.contains("pause_treshold"), "{text}");
+        assert!(
+            text.contains("io.containerd.gc.v1.scheduler") && text.contains("pause_treshold"),
+            "{text}"
+        );
         let error = Config::from_table("[grpc]\nadress = 'x'\n".parse().unwrap()).unwrap_err();
         assert!(error.to_string().contains("adress"), "{error}");
     }
@@ -477,6 +517,9 @@ mod tests {
         let table: toml::Table = text.parse().unwrap();
         let config = Config::from_table(table).unwrap();
         assert_eq!(config.grpc.address, Path::new(DEFAULT_ADDRESS));
-        assert_eq!(config.ttrpc.address, Path::new("/run/containerd/containerd.sock.ttrpc"));
+        assert_eq!(
+            config.ttrpc.address,
+            Path::new("/run/containerd/containerd.sock.ttrpc")
+        );
     }
 }

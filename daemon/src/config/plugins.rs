@@ -263,21 +263,27 @@ impl Plugins {
     /// For an unknown key or a value of the wrong type, with its path.
     pub(crate) fn parse(mut tables: Table) -> Result<(Self, Vec<String>), Error> {
         let mut restart = None;
-        for name in ["io.containerd.internal.v1.restart", "io.containerd.monitor.container.v1.restart"] {
+        for name in [
+            "io.containerd.internal.v1.restart",
+            "io.containerd.monitor.container.v1.restart",
+        ] {
             restart = take(&mut tables, name)?.or(restart);
         }
         let plugins = Self {
             scheduler: take(&mut tables, "io.containerd.gc.v1.scheduler")?.unwrap_or_default(),
             metadata: take(&mut tables, "io.containerd.metadata.v1.bolt")?.unwrap_or_default(),
-            overlayfs: take(&mut tables, "io.containerd.snapshotter.v1.overlayfs")?.unwrap_or_default(),
+            overlayfs: take(&mut tables, "io.containerd.snapshotter.v1.overlayfs")?
+                .unwrap_or_default(),
             native: take(&mut tables, "io.containerd.snapshotter.v1.native")?.unwrap_or_default(),
             erofs: take(&mut tables, "io.containerd.snapshotter.v1.erofs")?.unwrap_or_default(),
-            blockfile: take(&mut tables, "io.containerd.snapshotter.v1.blockfile")?.unwrap_or_default(),
+            blockfile: take(&mut tables, "io.containerd.snapshotter.v1.blockfile")?
+                .unwrap_or_default(),
             shim_manager: take(&mut tables, "io.containerd.shim.v1.manager")?.unwrap_or_default(),
             diff: take(&mut tables, "io.containerd.service.v1.diff-service")?.unwrap_or_default(),
             transfer: take(&mut tables, "io.containerd.transfer.v1.local")?.unwrap_or_default(),
             restart: restart.unwrap_or_default(),
-            verifier: take(&mut tables, "io.containerd.image-verifier.v1.bindir")?.unwrap_or_default(),
+            verifier: take(&mut tables, "io.containerd.image-verifier.v1.bindir")?
+                .unwrap_or_default(),
             nri: take(&mut tables, "io.containerd.nri.v1.nri")?.unwrap_or_default(),
             cri: cri::Cri {
                 server: take(&mut tables, "io.containerd.grpc.v1.cri")?.unwrap_or_default(),

@@ -61,7 +61,8 @@ pub(crate) struct Socket {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Debug {
-    pub(crate) address: String,
+    /// Absent: beside the state; empty: none.
+    pub(crate) address: Option<String>,
     pub(crate) uid: Option<u32>,
     pub(crate) gid: Option<u32>,
     pub(crate) level: String,

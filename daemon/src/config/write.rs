@@ -4,8 +4,8 @@ use lighter_cri::config as cri;
 use serde::Serialize;
 use toml::{Table, Value};
 
-use super::{DEFAULT_ADDRESS, DEFAULT_DEBUG_ADDRESS, DEFAULT_MESSAGE_BYTES, DEFAULT_ROOT, DEFAULT_STATE};
 use super::migrate::LATEST;
+use super::{DEFAULT_ADDRESS, DEFAULT_MESSAGE_BYTES, DEFAULT_ROOT, DEFAULT_STATE};
 
 /// The defaults overlaid with `table`, as TOML.
 ///
@@ -130,22 +130,38 @@ fn defaults() -> Result<Table, toml::ser::Error> {
     whole.insert("root".to_owned(), Value::String(DEFAULT_ROOT.to_owned()));
     whole.insert("state".to_owned(), Value::String(DEFAULT_STATE.to_owned()));
     if let Some(Value::Table(grpc)) = whole.get_mut("grpc") {
-        grpc.insert("address".to_owned(), Value::String(DEFAULT_ADDRESS.to_owned()));
+        grpc.insert(
+            "address".to_owned(),
+            Value::String(DEFAULT_ADDRESS.to_owned()),
+        );
         grpc.insert("max_recv_message_size".to_owned(), Value::Integer(bytes));
         grpc.insert("max_send_message_size".to_owned(), Value::Integer(bytes));
     }
-    if let Some(Value::Table(debug)) = whole.get_mut("debug") {
-        debug.insert("address".to_owned(), Value::String(DEFAULT_DEBUG_ADDRESS.to_owned()));
-    }
     if let Some(Value::Table(plugins)) = whole.get_mut("plugins") {
-        insert(plugins, "io.containerd.grpc.v1.cri", &cri::Server::default())?;
-        insert(plugins, "io.containerd.cri.v1.images", &cri::Images::default())?;
-        insert(plugins, "io.containerd.cri.v1.runtime", &cri::Runtime::default())?;
+        insert(
+            plugins,
+            "io.containerd.grpc.v1.cri",
+            &cri::Server::default(),
+        )?;
+        insert(
+            plugins,
+            "io.containerd.cri.v1.images",
+            &cri::Images::default(),
+        )?;
+        insert(
+            plugins,
+            "io.containerd.cri.v1.runtime",
+            &cri::Runtime::default(),
+        )?;
     }
     Ok(whole)
 }
 
-fn insert<T: Serialize>(plugins: &mut Table, name: &str, table: &T) -> Result<(), toml::ser::Error> {
+fn insert<T: Serialize>(
+    plugins: &mut Table,
+    name: &str,
+    table: &T,
+) -> Result<(), toml::ser::Error> {
     plugins.insert(name.to_owned(), Value::try_from(table)?);
     Ok(())
 }

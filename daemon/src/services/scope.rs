@@ -67,7 +67,10 @@ mod tests {
         for headers in [&[][..], &[(NAMESPACE_HEADER, "")]] {
             let status = scope_of(&request(headers)).expect_err("no namespace");
             assert_eq!(status.code(), tonic::Code::FailedPrecondition);
-            assert_eq!(status.message(), "namespace is required: failed precondition");
+            assert_eq!(
+                status.message(),
+                "namespace is required: failed precondition"
+            );
         }
         let status = scope_of(&request(&[(NAMESPACE_HEADER, "a/b")])).expect_err("malformed");
         assert_eq!(status.code(), tonic::Code::InvalidArgument);

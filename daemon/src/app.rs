@@ -1,0 +1,248 @@
+//! The one place that makes components and wires them: stores, engines, edges, listeners.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use lighter_proto::containerd::services::introspection::v1::introspection_server::IntrospectionServer;
+use lighter_proto::containerd::services::version::v1::version_server::VersionServer;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::service::Routes;
+use tracing::{info, warn};
+
+use crate::config::{Config, Socket};
+use crate::plugin::builtins;
+use crate::server::{debug, grpc, http, listen, metrics::Metrics, observe::InFlight};
+use crate::services::{introspection, version};
+use crate::{shutdown, sys, telemetry};
+
+/// Threads that poll: RPCs are short and the work is done elsewhere.
+const WORKERS: usize = 2;
+/// Threads for blocking work: file systems and the database.
+const BLOCKING_THREADS: usize = 64;
+/// How long an idle blocking thread is kept.
+const BLOCKING_KEEP: Duration = Duration::from_secs(5);
+/// How long requests in flight may take to end once the daemon stops.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// Runs the daemon until a signal ends it. Containers go on.
+///
+/// # Errors
+/// When it cannot start.
+pub(crate) fn serve(config: Config) -> anyhow::Result<()> {
+    sys::tame_allocator();
+    telemetry::start(&config.log_level, config.log_format)?;
+    prepare_process(&config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_keep_alive(BLOCKING_KEEP)
+        .thread_name("lighterd")
+        .enable_all()
+        .build()?;
+    let outcome = runtime.block_on(async {
+        let app = App::build(config).await?;
+        app.run().await
+    });
+    // Blocking threads may sit in a system call that never ends; they do not hold the exit up.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    outcome
+}
+
+/// What the configuration wants of the process itself.
+fn prepare_process(config: &Config) -> anyhow::Result<()> {
+    for warning in &config.warnings {
+        warn!(%warning, "configuration");
+    }
+    for dir in [&config.root, &config.state] {
+        std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    }
+    if config.oom_score != 0
+        && let Err(error) = std::fs::write("/proc/self/oom_score_adj", config.oom_score.to_string())
+    {
+        warn!(%error, oom_score = config.oom_score, "cannot set the oom score");
+    }
+    Ok(())
+}
+
+/// Everything that runs.
+struct App {
+    config: Config,
+    stop: CancellationToken,
+    tracker: TaskTracker,
+    report: Arc<debug::Report>,
+    signals: shutdown::Signals,
+}
+
+struct NoRuntimes;
+
+#[tonic::async_trait]
+impl introspection::RuntimeInfo for NoRuntimes {
+    async fn info(
+        &self,
+        _request: lighter_proto::containerd::types::RuntimeRequest,
+    ) -> Result<prost_types::Any, lighter_proto::errdefs::WireError> {
+        Err(lighter_proto::errdefs::WireError::new(
+            lighter_proto::errdefs::ErrorKind::Unavailable,
+            "runtimes are not loaded",
+        ))
+    }
+}
+
+impl App {
+    async fn build(config: Config) -> anyhow::Result<Self> {
+        let stop = CancellationToken::new();
+        let tracker = TaskTracker::new();
+        let signals = shutdown::signals()?;
+
+        // Edges.
+        let metrics = Metrics::new(config.grpc_histogram);
+        let in_flight = Arc::new(InFlight::default());
+        let graph = builtins::graph(&config, Vec::new());
+        let missing = graph.missing(&config.required);
+        anyhow::ensure!(
+            missing.is_empty(),
+            "required plugins are missing: {}",
+            missing.join(", ")
+        );
+        let uuid = introspection::uuid(&config.root).context("read the installation's uuid")?;
+        let introspection = introspection::IntrospectionService::new(
+            graph,
+            uuid,
+            &config.warnings,
+            Arc::new(NoRuntimes),
+        );
+        let (health, health_server) = tonic_health::server::health_reporter();
+        health
+            .set_service_status("", tonic_health::ServingStatus::Serving)
+            .await;
+        let routes = Routes::new(health_server)
+            .add_service(VersionServer::new(version::VersionService))
+            .add_service(IntrospectionServer::new(introspection));
+
+        // Listeners: all bound before any is served.
+        let report = Arc::new(debug::Report::new(Arc::clone(&in_flight), Vec::new()));
+        let unix = listen::unix(&config.grpc).await?;
+        if let Some(tcp) = &config.tcp {
+            let listener = listen::tcp(&tcp.address).await?;
+            tracker.spawn(served(
+                "grpc-tcp",
+                grpc::serve_tcp(
+                    listener,
+                    routes.clone(),
+                    Arc::clone(&in_flight),
+                    metrics.clone(),
+                    stop.clone(),
+                ),
+            ));
+        }
+        if let Some(address) = &config.metrics {
+            let listener = listen::tcp(address).await?;
+            tracker.spawn(http::serve_tcp(
+                listener,
+                metrics_pages(metrics.clone()),
+                stop.clone(),
+            ));
+        }
+        if let Some(socket) = debug_socket(&config) {
+            let listener = listen::unix(&socket).await?;
+            let pages = debug_pages(Arc::clone(&report), metrics.clone());
+            tracker.spawn(http::serve_unix(listener, pages, stop.clone()));
+        }
+        tracker.spawn(served(
+            "grpc",
+            grpc::serve_unix(unix, routes, in_flight, metrics, stop.clone()),
+        ));
+        Ok(Self {
+            config,
+            stop,
+            tracker,
+            report,
+            signals,
+        })
+    }
+
+    async fn run(self) -> anyhow::Result<()> {
+        info!(address = %self.config.grpc.address.display(), version = crate::VERSION, "serving");
+        notify(&[sd_notify::NotifyState::Ready]);
+        let report = Arc::clone(&self.report);
+        self.signals
+            .wait(self.stop.clone(), move || dump(&report))
+            .await;
+        notify(&[sd_notify::NotifyState::Stopping]);
+        self.stop.cancel();
+        self.tracker.close();
+        if tokio::time::timeout(DRAIN_LIMIT, self.tracker.wait())
+            .await
+            .is_err()
+        {
+            warn!(limit = ?DRAIN_LIMIT, "requests were still in flight");
+        }
+        for socket in [&self.config.grpc, &self.config.ttrpc] {
+            let _gone = std::fs::remove_file(&socket.address);
+        }
+        if let Some(socket) = debug_socket(&self.config) {
+            let _gone = std::fs::remove_file(&socket.address);
+        }
+        info!("stopped; containers go on");
+        Ok(())
+    }
+}
+
+/// A server that ends before it is told to is an operator's business.
+async fn served(
+    name: &'static str,
+    server: impl Future<Output = Result<(), tonic::transport::Error>>,
+) {
+    if let Err(error) = server.await {
+        tracing::error!(name, %error, "server failed");
+    }
+}
+
+fn notify(states: &[sd_notify::NotifyState<'_>]) {
+    // Without a service manager there is nobody to tell.
+    if let Err(error) = sd_notify::notify(states) {
+        warn!(%error, "cannot notify the service manager");
+    }
+}
+
+fn debug_socket(config: &Config) -> Option<Socket> {
+    match &config.debug {
+        Some(socket) if socket.address.as_os_str().is_empty() => None,
+        Some(socket) => Some(socket.clone()),
+        None => Some(Socket {
+            address: config.state.join("debug.sock"),
+            uid: nix::unistd::geteuid().as_raw(),
+            gid: nix::unistd::getegid().as_raw(),
+        }),
+    }
+}
+
+fn metrics_pages(metrics: Metrics) -> http::Pages {
+    Arc::new(move |path| {
+        let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+        matches!(path, "/v1/metrics" | "/metrics")
+            .then(|| metrics.text().ok())
+            .flatten()
+            .map(|text| (kind, text))
+    })
+}
+
+fn debug_pages(report: Arc<debug::Report>, metrics: Metrics) -> http::Pages {
+    let metrics = metrics_pages(metrics);
+    Arc::new(move |path| match path {
+        "/" | "/debug" | "/debug/tasks" => Some(("text/plain; charset=utf-8", report.text())),
+        other => metrics(other),
+    })
+}
+
+/// The report, in the log and in a file beside other temporary ones.
+fn dump(report: &debug::Report) {
+    let text = report.text();
+    info!("=== BEGIN dump ===\n{text}\n=== END dump ===");
+    let path = std::env::temp_dir().join(format!("lighterd.{}.stacks.log", std::process::id()));
+    if let Err(error) = std::fs::write(&path, text) {
+        warn!(%error, path = %path.display(), "cannot write the dump");
+    }
+}

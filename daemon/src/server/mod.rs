@@ -1,0 +1,8 @@
+//! Listeners and what surrounds every request: sockets, gRPC, ttrpc, HTTP for metrics and debug.
+
+pub(crate) mod debug;
+pub(crate) mod grpc;
+pub(crate) mod http;
+pub(crate) mod listen;
+pub(crate) mod metrics;
+pub(crate) mod observe;

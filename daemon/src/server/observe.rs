@@ -1,0 +1,229 @@
+//! What surrounds every RPC: a span with namespace, code and latency, counters, and the list of
+//! what is in flight that the debug socket shows.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::{Instant, SystemTime};
+
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use tonic::Code;
+use tonic::body::Body;
+use tower::{Layer, Service};
+use tracing::{Instrument, debug};
+
+use super::metrics::Metrics;
+use crate::services::scope::NAMESPACE_HEADER;
+
+/// RPCs in flight, by an id that grows.
+#[derive(Debug, Default)]
+pub(crate) struct InFlight {
+    next: AtomicU64,
+    calls: Mutex<BTreeMap<u64, Call>>,
+}
+
+/// One RPC in flight.
+#[derive(Debug, Clone)]
+pub(crate) struct Call {
+    /// Path: `/package.Service/Method`.
+    pub(crate) rpc: Arc<str>,
+    /// Namespace named by the client.
+    pub(crate) namespace: String,
+    /// When it came.
+    pub(crate) since: SystemTime,
+}
+
+impl InFlight {
+    /// What is in flight, oldest first.
+    pub(crate) fn list(&self) -> Vec<Call> {
+        self.lock().values().cloned().collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, Call>> {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(self: &Arc<Self>, call: Call) -> Entered {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        self.lock().insert(id, call);
+        Entered {
+            list: Arc::clone(self),
+            id,
+        }
+    }
+}
+
+/// Takes its call off the list when it ends, however it ends.
+#[derive(Debug)]
+struct Entered {
+    list: Arc<InFlight>,
+    id: u64,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.list.lock().remove(&self.id);
+    }
+}
+
+/// The layer around all services.
+#[derive(Debug, Clone)]
+pub(crate) struct Observe {
+    in_flight: Arc<InFlight>,
+    metrics: Metrics,
+}
+
+impl Observe {
+    /// Observes into `in_flight` and `metrics`.
+    pub(crate) fn new(in_flight: Arc<InFlight>, metrics: Metrics) -> Self {
+        Self { in_flight, metrics }
+    }
+}
+
+impl<S> Layer<S> for Observe {
+    type Service = Observed<S>;
+
+    fn layer(&self, inner: S) -> Observed<S> {
+        Observed {
+            inner,
+            observe: self.clone(),
+        }
+    }
+}
+
+/// A service under observation.
+#[derive(Debug, Clone)]
+pub(crate) struct Observed<S> {
+    inner: S,
+    observe: Observe,
+}
+
+type Answer = Pin<Box<dyn Future<Output = Result<http::Response<Body>, Infallible>> + Send>>;
+
+impl<S> Service<http::Request<Body>> for Observed<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
+    S::Future: Send + 'static,
+{
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Answer;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Answer {
+        let rpc: Arc<str> = request.uri().path().into();
+        let namespace = request
+            .headers()
+            .get(NAMESPACE_HEADER)
+            .and_then(|v| v.to_str().ok())
+            .unwrap_or_default()
+            .to_owned();
+        let span = tracing::debug_span!("rpc", rpc = %rpc, namespace = %namespace);
+        let record = Record {
+            _entered: self.observe.in_flight.enter(Call {
+                rpc: Arc::clone(&rpc),
+                namespace,
+                since: SystemTime::now(),
+            }),
+            metrics: self.observe.metrics.clone(),
+            rpc,
+            begun: Instant::now(),
+            done: false,
+            span: span.clone(),
+        };
+        record.metrics.started(&record.rpc);
+        let answer = self.inner.call(request);
+        Box::pin(
+            async move {
+                let response = answer.await?;
+                Ok(response.map(|body| Body::new(Watched { body, record })))
+            }
+            .instrument(span),
+        )
+    }
+}
+
+/// Counts the RPC once, at its end: with its code, or as cancelled when it is dropped before.
+#[derive(Debug)]
+struct Record {
+    _entered: Entered,
+    metrics: Metrics,
+    rpc: Arc<str>,
+    begun: Instant,
+    done: bool,
+    span: tracing::Span,
+}
+
+impl Record {
+    fn end(&mut self, code: Code) {
+        if std::mem::replace(&mut self.done, true) {
+            return;
+        }
+        let latency = self.begun.elapsed();
+        self.metrics.handled(&self.rpc, code, latency);
+        let _in_span = self.span.enter();
+        debug!(
+            code = ?code,
+            latency_us = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX),
+            "request served"
+        );
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        self.end(Code::Cancelled);
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// A response body whose trailers tell how the RPC ended.
+    struct Watched {
+        #[pin]
+        body: Body,
+        record: Record,
+    }
+}
+
+fn code_in(headers: &http::HeaderMap) -> Code {
+    headers
+        .get("grpc-status")
+        .map_or(Code::Ok, |value| Code::from_bytes(value.as_bytes()))
+}
+
+impl HttpBody for Watched {
+    type Data = bytes::Bytes;
+    type Error = tonic::Status;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        let this = self.project();
+        let frame = ready!(this.body.poll_frame(cx));
+        match &frame {
+            Some(Ok(frame)) => {
+                if let Some(trailers) = frame.trailers_ref() {
+                    this.record.end(code_in(trailers));
+                }
+            }
+            Some(Err(status)) => this.record.end(status.code()),
+            None => this.record.end(Code::Ok),
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

@@ -1,0 +1,5 @@
+//! gRPC services: decode, one call down, encode.
+
+pub(crate) mod introspection;
+pub mod scope;
+pub(crate) mod version;
