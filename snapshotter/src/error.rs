@@ -51,6 +51,15 @@ pub enum Error {
         /// The name.
         key: String,
     },
+    /// The state of a snapshot does not allow it.
+    #[error("{reason}")]
+    Precondition {
+        /// What stands in the way.
+        reason: String,
+    },
+    /// A mount could not be made.
+    #[error("mount")]
+    Mount(#[from] crate::mount::Error),
     /// Request cannot be carried out as it is.
     #[error("{reason}")]
     Invalid {
@@ -87,15 +96,32 @@ pub enum Error {
     Remote(#[from] WireError),
 }
 
+impl Error {
+    /// Puts operation and path to an I/O error.
+    pub(crate) fn io(
+        operation: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io {
+            operation,
+            path,
+            source,
+        }
+    }
+}
+
 impl Classify for Error {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::NotFound { .. } | Self::ParentNotFound { .. } => ErrorKind::NotFound,
             Self::AlreadyExists { .. } => ErrorKind::AlreadyExists,
             Self::ParentNotCommitted { .. } | Self::Invalid { .. } => ErrorKind::InvalidArgument,
-            Self::NotActive { .. } | Self::NoMounts { .. } | Self::HasChildren { .. } => {
-                ErrorKind::FailedPrecondition
-            }
+            Self::NotActive { .. }
+            | Self::NoMounts { .. }
+            | Self::HasChildren { .. }
+            | Self::Precondition { .. } => ErrorKind::FailedPrecondition,
+            Self::Mount(error) => error.kind(),
             Self::Unimplemented { .. } => ErrorKind::Unimplemented,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 ErrorKind::ResourceExhausted

@@ -8,8 +8,20 @@
 //!
 //! Spec: containerd's snapshots service; the rules are those its clients rely on.
 
+mod copy;
+mod dirs;
 mod error;
+mod local;
 pub mod mount;
+mod native;
+mod overlayfs;
+mod proxy;
+mod serve;
+mod storage;
+mod sys;
+#[cfg(any(test, feature = "testsuite"))]
+pub mod testsuite;
+mod usage;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,6 +32,18 @@ use async_trait::async_trait;
 
 pub use error::Error;
 pub use mount::Mount;
+pub use native::Native;
+pub use overlayfs::{Config as OverlayfsConfig, Overlayfs};
+pub use proxy::Proxy;
+pub use serve::Serve;
+pub use usage::disk_usage;
+
+/// Label: uid map of a snapshot, `container:host:size[,…]`.
+pub const LABEL_UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
+/// Label: gid map of a snapshot, `container:host:size[,…]`.
+pub const LABEL_GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
+/// Label shown by overlayfs when configured: the upper directory.
+pub const LABEL_UPPER_DIR: &str = "containerd.io/snapshot/overlay.upperdir";
 
 /// Labels of a snapshot. No value is ever empty.
 pub type Labels = BTreeMap<String, String>;

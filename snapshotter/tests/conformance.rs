@@ -1,0 +1,230 @@
+//! Every driver runs the conformance suite; a crash leaves nothing behind. Needs root.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use lighter_kv::Db;
+use lighter_snapshotter::testsuite::{self, Subject};
+use lighter_snapshotter::{
+    CommitOptions, LABEL_GID_MAPPING, LABEL_UID_MAPPING, LABEL_UPPER_DIR, Labels, Native,
+    Overlayfs, OverlayfsConfig, Proxy, Serve, Snapshotter,
+};
+
+fn overlayfs(db: &Db, root: &Path, change: impl FnOnce(&mut OverlayfsConfig)) -> Overlayfs {
+    let mut config = OverlayfsConfig {
+        root: root.to_owned(),
+        ..OverlayfsConfig::default()
+    };
+    change(&mut config);
+    Overlayfs::open(db.clone(), b"s/overlayfs/", config).expect("open")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn overlayfs_keeps_the_contract() {
+    testsuite::run(|root| async move {
+        let db = Db::in_memory().unwrap();
+        Arc::new(overlayfs(&db, &root, |_| {})) as Subject
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn overlayfs_with_sync_removal_keeps_the_contract() {
+    testsuite::run(|root| async move {
+        let db = Db::in_memory().unwrap();
+        Arc::new(overlayfs(&db, &root, |c| c.sync_remove = true)) as Subject
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn native_keeps_the_contract() {
+    testsuite::run(|root| async move {
+        Arc::new(Native::open(Db::in_memory().unwrap(), b"s/native/", &root).unwrap()) as Subject
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_of_native_keeps_the_contract() {
+    let servers = Mutex::new(tokio::task::JoinSet::new());
+    testsuite::run(|root| {
+        let native = Native::open(Db::in_memory().unwrap(), b"s/native/", &root).unwrap();
+        let address = root.with_extension("sock");
+        let listener = tokio::net::UnixListener::bind(&address).unwrap();
+        servers.lock().unwrap().spawn(async move {
+            tonic::transport::Server::builder()
+                .add_service(Serve::new(Arc::new(native)))
+                .serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener))
+                .await
+                .unwrap();
+        });
+        let proxy = Proxy::connect(address.to_str().unwrap(), "native").unwrap();
+        std::future::ready(Arc::new(proxy) as Subject)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_reopen_reconciles_directories_and_records() {
+    let dir = tempfile::tempdir().unwrap();
+    let db = Db::in_memory().unwrap();
+    let root = dir.path().join("root");
+    let open = || overlayfs(&db, &root, |_| {});
+    let first = open();
+    first.prepare("kept", None, Labels::new()).await.unwrap();
+    first
+        .commit("base", "kept", CommitOptions::default())
+        .await
+        .unwrap();
+    first
+        .prepare("lost", Some("base"), Labels::new())
+        .await
+        .unwrap();
+    first
+        .prepare("active", Some("base"), Labels::new())
+        .await
+        .unwrap();
+    let upper =
+        |mounts: Vec<lighter_snapshotter::Mount>| mounts[0].option("upperdir").unwrap().to_owned();
+    let lost = upper(first.mounts("lost").await.unwrap());
+    drop(first);
+    // What kills and power cuts leave: a lost directory, unrecorded ones, another program's.
+    std::fs::remove_dir_all(Path::new(&lost).parent().unwrap()).unwrap();
+    for stray in ["99/fs", "new-123/fs", "rm-7"] {
+        std::fs::create_dir_all(root.join("snapshots").join(stray)).unwrap();
+    }
+    let second = open();
+    assert!(second.stat("lost").await.is_err());
+    let names: Vec<_> = second
+        .walk()
+        .await
+        .unwrap()
+        .into_iter()
+        .map(|i| i.name)
+        .collect();
+    assert_eq!(names, ["active", "base"]);
+    let fresh = upper(
+        second
+            .prepare("fresh", Some("base"), Labels::new())
+            .await
+            .unwrap(),
+    );
+    assert!(
+        fresh.ends_with("/100/fs"),
+        "numbers continue above everything there: {fresh}"
+    );
+    second.cleanup().await.unwrap();
+    let mut left: Vec<_> = std::fs::read_dir(root.join("snapshots"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["1", "100", "3"]);
+}
+
+#[tokio::test]
+async fn overlayfs_hands_out_the_mounts_clients_know() {
+    let dir = tempfile::tempdir().unwrap();
+    let db = Db::in_memory().unwrap();
+    let root = dir.path().join("root");
+    let subject = overlayfs(&db, &root, |c| {
+        c.upperdir_label = true;
+        c.mount_options = vec!["volatile".to_owned()];
+    });
+    let at = |rest: &str| format!("{}/snapshots/{rest}", root.display());
+    let mounts = subject.prepare("a", None, Labels::new()).await.unwrap();
+    assert_eq!(
+        (mounts[0].fstype.as_str(), mounts[0].source.clone()),
+        ("bind", at("1/fs"))
+    );
+    assert_eq!(mounts[0].options, ["rw", "rbind"]);
+    assert_eq!(
+        subject.stat("a").await.unwrap().labels[LABEL_UPPER_DIR],
+        at("1/fs")
+    );
+    subject
+        .commit("1", "a", CommitOptions::default())
+        .await
+        .unwrap();
+    let mounts = subject.view("v", Some("1"), Labels::new()).await.unwrap();
+    assert_eq!(mounts[0].source, at("1/fs"));
+    assert_eq!(mounts[0].options, ["ro", "rbind"]);
+    let mounts = subject
+        .prepare("a", Some("1"), Labels::new())
+        .await
+        .unwrap();
+    let mut options = vec![
+        format!("workdir={}", at("3/work")),
+        format!("upperdir={}", at("3/fs")),
+        format!("lowerdir={}", at("1/fs")),
+        "volatile".to_owned(),
+    ];
+    if Path::new("/sys/module/overlay/parameters/index").exists() {
+        options.push("index=off".to_owned());
+    }
+    assert_eq!(
+        (mounts[0].fstype.as_str(), mounts[0].source.as_str()),
+        ("overlay", "overlay")
+    );
+    assert_eq!(mounts[0].options, options);
+    let mode = |path: &str| std::fs::metadata(at(path)).unwrap().mode() & 0o7777;
+    assert_eq!(
+        (mode("3/fs"), mode("3/work"), mode("3")),
+        (0o755, 0o711, 0o700)
+    );
+    subject
+        .commit("2", "a", CommitOptions::default())
+        .await
+        .unwrap();
+    let mounts = subject.view("v2", Some("2"), Labels::new()).await.unwrap();
+    assert_eq!(
+        mounts[0].options[0],
+        format!("lowerdir={}:{}", at("3/fs"), at("1/fs"))
+    );
+    assert_eq!(mounts[0].fstype, "overlay");
+    assert!(!Path::new(&at("4/work")).exists());
+}
+
+#[tokio::test]
+async fn id_maps_come_as_options_and_own_the_upper_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let db = Db::in_memory().unwrap();
+    let root = dir.path().join("root");
+    let subject = overlayfs(&db, &root, |_| {});
+    if !subject.capabilities().iter().any(|c| c == "remap-ids") {
+        return;
+    }
+    subject.prepare("a", None, Labels::new()).await.unwrap();
+    subject
+        .commit("base", "a", CommitOptions::default())
+        .await
+        .unwrap();
+    let labels: Labels = [
+        (LABEL_UID_MAPPING.to_owned(), "0:100000:65536".to_owned()),
+        (LABEL_GID_MAPPING.to_owned(), "0:200000:65536".to_owned()),
+    ]
+    .into();
+    let mounts = subject
+        .prepare("mapped", Some("base"), labels)
+        .await
+        .unwrap();
+    assert_eq!(
+        mounts[0].options[..2],
+        ["uidmap=0:100000:65536", "gidmap=0:200000:65536"]
+    );
+    let upper = std::fs::metadata(mounts[0].option("upperdir").unwrap()).unwrap();
+    assert_eq!((upper.uid(), upper.gid()), (100_000, 200_000));
+    // The owner of a layer's root carries over to snapshots on it.
+    subject
+        .commit("mapped base", "mapped", CommitOptions::default())
+        .await
+        .unwrap();
+    let mounts = subject
+        .prepare("child", Some("mapped base"), Labels::new())
+        .await
+        .unwrap();
+    let upper = std::fs::metadata(mounts[0].option("upperdir").unwrap()).unwrap();
+    assert_eq!((upper.uid(), upper.gid()), (100_000, 200_000));
+}
