@@ -1,0 +1,319 @@
+//! Control groups of containers: where they are, what is written into them, who is in them.
+//!
+//! [`Host`] is what this machine offers and is looked at once; [`Group`] is one container's place on it and is stored
+//! with the container's state. cgroup v1 (also hybrid) is in `v1`, v2 in `v2`.
+
+mod dbus;
+pub(crate) mod devices;
+mod fs;
+mod host;
+mod stats;
+pub(crate) mod systemd;
+mod v1;
+mod v2;
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::spec::Resources;
+
+pub use host::Host;
+pub use stats::{
+    BlkioEntry, CpuStats, HugetlbStats, MemoryStats, PidsStats, PressureLine, PressureStats, Stats,
+};
+pub use v1::Hierarchy;
+
+/// One container's control group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Group {
+    /// cgroup v1: a directory per hierarchy.
+    Legacy {
+        /// The directories.
+        directories: Vec<Directory>,
+        /// The v2 directory of a hybrid host, for controllers that are only there. Exists only if they are used.
+        unified: Option<PathBuf>,
+    },
+    /// cgroup v2: one directory.
+    Unified {
+        /// The directory.
+        path: PathBuf,
+    },
+}
+
+/// A group's directory in one v1 hierarchy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Directory {
+    /// Controllers of the hierarchy (`cpu`, `name=systemd` …).
+    pub controllers: Vec<String>,
+    /// The directory.
+    pub path: PathBuf,
+    /// Where the hierarchy is mounted.
+    pub mount: PathBuf,
+}
+
+/// What `cgroup` mounts inside a container show.
+#[derive(Clone, Debug)]
+pub(crate) enum CgroupView {
+    Unified { path: PathBuf },
+    Legacy { hierarchies: Vec<HierarchyView> },
+}
+
+/// One v1 hierarchy as a container sees it.
+#[derive(Clone, Debug)]
+pub(crate) struct HierarchyView {
+    /// Name of the directory under the cgroup mount (`cpu,cpuacct`).
+    pub(crate) name: String,
+    pub(crate) controllers: Vec<String>,
+    /// The container's own directory on the host.
+    pub(crate) path: PathBuf,
+}
+
+/// How a new process gets into a group.
+#[derive(Debug)]
+pub(crate) enum Entry {
+    /// Born there (`CLONE_INTO_CGROUP`).
+    Born(OwnedFd),
+    /// Writes `0` into each of these itself before it does anything else.
+    Writes(Vec<OwnedFd>),
+}
+
+impl Group {
+    /// The group of a container: `cgroups_path` as in the specification (empty: named after the container).
+    ///
+    /// # Errors
+    /// `Spec` if the path is not usable.
+    pub fn plan(host: &Host, cgroups_path: &str, id: &str) -> Result<Self> {
+        let wanted = if cgroups_path.is_empty() {
+            Path::new(id)
+        } else {
+            Path::new(cgroups_path)
+        };
+        if wanted
+            .components()
+            .any(|part| part == std::path::Component::ParentDir)
+        {
+            return Err(Error::Spec(format!(
+                "linux.cgroupsPath {cgroups_path:?} must not contain \"..\""
+            )));
+        }
+        Ok(host.place(wanted))
+    }
+
+    /// Makes the directories and writes the limits. Device rules of the specification are joined by those for the
+    /// devices every container gets.
+    pub(crate) fn create(&self, resources: Option<&Resources>, devices: bool) -> Result<()> {
+        let default = Resources::default();
+        let resources = resources.unwrap_or(&default);
+        match self {
+            Self::Legacy {
+                directories,
+                unified,
+            } => {
+                v1::create(directories)?;
+                v1::apply(directories, resources)?;
+                v1::apply_unified(unified.as_deref(), directories, resources)?;
+                if devices {
+                    v1::allow_devices(directories, &devices::rules(resources))?;
+                }
+            }
+            Self::Unified { path } => {
+                v2::create(path)?;
+                v2::apply(path, resources)?;
+                if devices {
+                    devices::attach_filter(path, &devices::rules(resources))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes limits of a group that exists.
+    ///
+    /// # Errors
+    /// `Io` naming the file that refused.
+    pub fn update(&self, resources: &Resources) -> Result<()> {
+        match self {
+            Self::Legacy {
+                directories,
+                unified,
+            } => {
+                v1::apply(directories, resources)?;
+                v1::apply_unified(unified.as_deref(), directories, resources)?;
+                if !resources.devices.is_empty() {
+                    v1::allow_devices(directories, &devices::rules(resources))?;
+                }
+            }
+            Self::Unified { path } => {
+                v2::apply(path, resources)?;
+                if !resources.devices.is_empty() {
+                    devices::replace_filter(path, &devices::rules(resources))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What a process needs to get in.
+    pub(crate) fn entry(&self, sub: &str) -> Result<Entry> {
+        match self {
+            Self::Legacy {
+                directories,
+                unified,
+            } => v1::entry(directories, unified.as_deref(), sub).map(Entry::Writes),
+            Self::Unified { path } => {
+                v2::entry(&path.join(sub.trim_start_matches('/'))).map(Entry::Born)
+            }
+        }
+    }
+
+    /// Moves an existing process in.
+    pub(crate) fn add(&self, pid: i32) -> Result<()> {
+        match self {
+            Self::Legacy { directories, .. } => directories.iter().try_for_each(|directory| {
+                fs::write(&directory.path, "cgroup.procs", &pid.to_string())
+            }),
+            Self::Unified { path } => fs::write(path, "cgroup.procs", &pid.to_string()),
+        }
+    }
+
+    /// What a `cgroup` mount shows.
+    pub(crate) fn view(&self) -> CgroupView {
+        match self {
+            Self::Unified { path } => CgroupView::Unified { path: path.clone() },
+            Self::Legacy { directories, .. } => CgroupView::Legacy {
+                hierarchies: directories
+                    .iter()
+                    .map(|directory| HierarchyView {
+                        name: directory
+                            .mount
+                            .file_name()
+                            .unwrap_or_default()
+                            .to_string_lossy()
+                            .into_owned(),
+                        controllers: directory.controllers.clone(),
+                        path: directory.path.clone(),
+                    })
+                    .collect(),
+            },
+        }
+    }
+
+    /// Where a controller's files of this group are, if the controller is there.
+    #[must_use]
+    pub fn directory(&self, controller: &str) -> Option<&Path> {
+        match self {
+            Self::Unified { path } => Some(path),
+            Self::Legacy { directories, .. } => v1::find(directories, controller),
+        }
+    }
+
+    /// The directory whose process list is the group's: v2, or the first v1 hierarchy that tells members reliably.
+    fn members_directory(&self) -> Option<&Path> {
+        match self {
+            Self::Unified { path } => Some(path),
+            Self::Legacy { directories, .. } => ["pids", "devices", "freezer", "memory"]
+                .iter()
+                .find_map(|name| v1::find(directories, name))
+                .or_else(|| {
+                    directories
+                        .first()
+                        .map(|directory| directory.path.as_path())
+                }),
+        }
+    }
+
+    /// All processes in the group and the groups below it.
+    ///
+    /// # Errors
+    /// `Io` if the group cannot be read; a group that is gone has no processes.
+    pub fn processes(&self) -> Result<Vec<i32>> {
+        self.members_directory()
+            .map_or_else(|| Ok(Vec::new()), fs::processes)
+    }
+
+    /// Stops the group's processes and waits until they stand.
+    ///
+    /// # Errors
+    /// `Io` or `Unsupported` if the freezer is not there or does not succeed within 2 s.
+    pub fn freeze(&self) -> Result<()> {
+        match self {
+            Self::Legacy { directories, .. } => v1::freeze(directories),
+            Self::Unified { path } => v2::freeze(path, true),
+        }
+    }
+
+    /// Lets the group's processes run again.
+    ///
+    /// # Errors
+    /// As [`freeze`](Self::freeze).
+    pub fn thaw(&self) -> Result<()> {
+        match self {
+            Self::Legacy { directories, .. } => v1::thaw(directories),
+            Self::Unified { path } => v2::freeze(path, false),
+        }
+    }
+
+    /// Whether the group is frozen. A group that cannot be read is not.
+    #[must_use]
+    pub fn is_frozen(&self) -> bool {
+        match self {
+            Self::Legacy { directories, .. } => v1::is_frozen(directories),
+            Self::Unified { path } => v2::is_frozen(path),
+        }
+    }
+
+    /// Kills every process in the group, frozen or not, and those they fork meanwhile.
+    ///
+    /// # Errors
+    /// `Io` if the group cannot be read.
+    pub fn kill_all(&self) -> Result<()> {
+        if let Self::Unified { path } = self
+            && fs::write(path, "cgroup.kill", "1").is_ok()
+        {
+            return Ok(());
+        }
+        // Frozen, nobody forks while we count; processes die when thawed.
+        let frozen = self.freeze().is_ok();
+        for pid in self.processes()? {
+            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+            }
+        }
+        if frozen || self.is_frozen() {
+            self.thaw()?;
+        }
+        Ok(())
+    }
+
+    /// Removes the directories and those below. Retries while dead processes are still being cleared away.
+    ///
+    /// # Errors
+    /// `Io` if one stays, after about a second.
+    pub fn remove(&self) -> Result<()> {
+        match self {
+            Self::Legacy {
+                directories,
+                unified,
+            } => {
+                let paths = directories.iter().map(|directory| directory.path.as_path());
+                paths.chain(unified.as_deref()).try_for_each(fs::remove)
+            }
+            Self::Unified { path } => fs::remove(path),
+        }
+    }
+
+    /// Current figures.
+    ///
+    /// # Errors
+    /// `Io` if the group is gone.
+    pub fn stats(&self) -> Result<Stats> {
+        match self {
+            Self::Legacy { directories, .. } => stats::read_v1(directories),
+            Self::Unified { path } => stats::read_v2(path),
+        }
+    }
+}

@@ -1,0 +1,443 @@
+//! A container that exists: its state, and what can be done with it.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::{Pid, PidfdFlags, Signal};
+
+use crate::cgroup::{Group, Stats, systemd};
+use crate::error::{Context, Error, Result};
+use crate::hooks;
+use crate::runtime::Runtime;
+use crate::spec::Resources;
+use crate::state::{Directory, Record, State, Status, process_stat};
+
+/// Whom a signal reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KillScope {
+    /// The container's first process.
+    Init,
+    /// Every process of the container's control group.
+    All,
+}
+
+/// Which containers may be deleted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deletion {
+    /// Stopped ones; one that was never started is killed.
+    Stopped,
+    /// Any: what runs is killed.
+    Forced,
+}
+
+/// How long a killed init may take to end before deleting gives up, in seconds.
+const KILL_TIMEOUT_S: i64 = 10;
+
+/// A container that exists.
+#[derive(Debug)]
+pub struct Container<'a> {
+    pub(crate) runtime: &'a Runtime,
+    pub(crate) directory: Directory,
+    pub(crate) id: String,
+}
+
+/// The container's lock, held.
+pub(crate) struct Locked<'a> {
+    container: &'a Container<'a>,
+    pub(crate) record: Record,
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.container.directory.unlock();
+    }
+}
+
+impl<'a> Container<'a> {
+    pub(crate) fn open(runtime: &'a Runtime, directory: Directory, id: &str) -> Result<Self> {
+        Ok(Self {
+            runtime,
+            directory,
+            id: id.to_owned(),
+        })
+    }
+
+    pub(crate) fn lock(&self) -> Result<Locked<'_>> {
+        self.directory.lock()?;
+        let record = self
+            .directory
+            .read(&self.id)
+            .inspect_err(|_| self.directory.unlock())?;
+        Ok(Locked {
+            container: self,
+            record,
+        })
+    }
+
+    /// The container's id.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Its state at this moment.
+    ///
+    /// # Errors
+    /// `NotFound` if it was deleted meanwhile.
+    pub fn state(&self) -> Result<State> {
+        let record = self.directory.read(&self.id)?;
+        let status = self.status(&record);
+        Ok(State {
+            oci_version: record.oci_version,
+            id: record.id,
+            pid: if status == Status::Stopped {
+                0
+            } else {
+                record.pid
+            },
+            status,
+            bundle: record.bundle,
+            rootfs: record.rootfs,
+            created: record.created,
+            annotations: record.annotations,
+            owner: owner_name(record.owner),
+        })
+    }
+
+    pub(crate) fn status(&self, record: &Record) -> Status {
+        if !is_alive(record) {
+            return Status::Stopped;
+        }
+        if record.group.as_ref().is_some_and(Group::is_frozen) {
+            return Status::Paused;
+        }
+        if self.directory.waits_for_start() {
+            Status::Created
+        } else {
+            Status::Running
+        }
+    }
+
+    /// The container's control group, for statistics and out-of-memory events. `None` if it has none.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn group(&self) -> Result<Option<Group>> {
+        Ok(self.directory.read(&self.id)?.group)
+    }
+
+    /// Runs the program. Returns when it has been executed and the poststart hooks are done.
+    ///
+    /// # Errors
+    /// `State` if it is not waiting for its start; `NotRunning` if it died; `Process` with the reason if the program
+    /// could not be executed or a hook failed.
+    pub fn start(&self) -> Result<()> {
+        let locked = self.lock()?;
+        let record = &locked.record;
+        match self.status(record) {
+            Status::Created | Status::Creating => {}
+            Status::Stopped => {
+                return Err(Error::State(
+                    "cannot start a container that has stopped".into(),
+                ));
+            }
+            Status::Running => {
+                return Err(Error::State(
+                    "cannot start an already running container".into(),
+                ));
+            }
+            Status::Paused => {
+                return Err(Error::State(
+                    "cannot start a paused container: resume it first".into(),
+                ));
+            }
+        }
+        let Some(start) = self.directory.open_start()? else {
+            return Err(Error::NotRunning);
+        };
+        rustix::io::write(&start, &record.pid.to_ne_bytes()).context(|| "start the container")?;
+        self.directory.remove_start();
+        // Init's end of the fifo closes when it executes its program, and when it dies.
+        wait_for(&start, PollFlags::empty(), None)?;
+        if let Some(text) = self.directory.failure() {
+            return Err(Error::Process(text));
+        }
+        if let Some(hooks) = record
+            .hooks
+            .as_ref()
+            .filter(|hooks| !hooks.poststart.is_empty())
+        {
+            let state = record.hook_state(Status::Running);
+            hooks::run("poststart", &hooks.poststart, &state).inspect_err(|_| {
+                signal_init(record, Signal::KILL).ok();
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// `NotRunning` if there is nobody to get it; `Spec` for a number that is no signal.
+    pub fn kill(&self, signal: i32, scope: KillScope) -> Result<()> {
+        // Not locked: a signal must reach a container whose start hangs in a hook.
+        let record = self.directory.read(&self.id)?;
+        let number = signal;
+        let signal = signal_from(number)?;
+        let shares_pids = record.namespaces & libc::CLONE_NEWPID == 0;
+        let all = scope == KillScope::All || (shares_pids && number == libc::SIGKILL);
+        if !all {
+            if !is_alive(&record) {
+                return Err(Error::NotRunning);
+            }
+            signal_init(&record, signal)?;
+            // A frozen process takes SIGKILL on v2; on v1 only when thawed, which stays the caller's decision.
+            return Ok(());
+        }
+        let Some(group) = &record.group else {
+            return if is_alive(&record) {
+                signal_init(&record, signal)
+            } else {
+                Err(Error::NotRunning)
+            };
+        };
+        if number == libc::SIGKILL {
+            return group.kill_all();
+        }
+        for pid in group.processes()? {
+            if let Some(pid) = Pid::from_raw(pid) {
+                rustix::process::kill_process(pid, signal).ok();
+            }
+        }
+        Ok(())
+    }
+
+    /// Ids of all its processes, in the caller's pid namespace.
+    ///
+    /// # Errors
+    /// `Io` if the control group cannot be read.
+    pub fn processes(&self) -> Result<Vec<i32>> {
+        let record = self.directory.read(&self.id)?;
+        match &record.group {
+            Some(group) => group.processes(),
+            None if is_alive(&record) => Ok(vec![record.pid]),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Freezes its processes.
+    ///
+    /// # Errors
+    /// `State` if it does not run; `Unsupported` without a freezer.
+    pub fn pause(&self) -> Result<()> {
+        let locked = self.lock()?;
+        match self.status(&locked.record) {
+            Status::Running | Status::Created => locked.group()?.freeze(),
+            status => Err(Error::State(format!(
+                "container not running or created: {}",
+                status.as_str()
+            ))),
+        }
+    }
+
+    /// Thaws its processes.
+    ///
+    /// # Errors
+    /// `State` if it is not paused.
+    pub fn resume(&self) -> Result<()> {
+        let locked = self.lock()?;
+        match self.status(&locked.record) {
+            Status::Paused => locked.group()?.thaw(),
+            _ => Err(Error::State("container not paused".into())),
+        }
+    }
+
+    /// Changes its limits.
+    ///
+    /// # Errors
+    /// `State` if it is stopped; `Io` naming the file that refused.
+    pub fn update(&self, resources: &Resources) -> Result<()> {
+        let locked = self.lock()?;
+        if self.status(&locked.record) == Status::Stopped {
+            return Err(Error::NotRunning);
+        }
+        if let Some(unit) = &locked.record.systemd_unit {
+            systemd::set_properties(unit, resources)?;
+        }
+        locked.group()?.update(resources)
+    }
+
+    /// Figures of its control group.
+    ///
+    /// # Errors
+    /// `State` if it has none.
+    pub fn stats(&self) -> Result<Stats> {
+        let record = self.directory.read(&self.id)?;
+        record
+            .group
+            .ok_or_else(|| Error::State("cgroup does not exist".into()))?
+            .stats()
+    }
+
+    /// Removes everything the runtime made for it, and runs the poststop hooks.
+    ///
+    /// # Errors
+    /// `State` if it runs and deletion is not forced; `Io` if a control group stays, and then the record does as well.
+    pub fn delete(&self, deletion: Deletion) -> Result<()> {
+        let locked = match self.lock() {
+            // A creation that never got to its record.
+            Err(Error::NotFound { .. })
+                if deletion == Deletion::Forced && self.directory.path.exists() =>
+            {
+                return self.directory.remove();
+            }
+            other => other?,
+        };
+        let record = &locked.record;
+        match (self.status(record), deletion) {
+            (Status::Stopped, _) => {}
+            (Status::Created | Status::Creating, _) | (_, Deletion::Forced) => end_init(record)?,
+            (status, Deletion::Stopped) => {
+                return Err(Error::State(format!(
+                    "cannot delete container {} that is not stopped: {}",
+                    self.id,
+                    status.as_str()
+                )));
+            }
+        }
+        destroy(record)?;
+        self.directory.remove()?;
+        let hooks = record
+            .hooks
+            .as_ref()
+            .map(|hooks| hooks.poststop.as_slice())
+            .unwrap_or_default();
+        if !hooks.is_empty() {
+            // The container is gone whatever they say; spec: a failing poststop hook is a warning.
+            let state = record.hook_state(Status::Stopped);
+            if let Some(first) = hooks::run_all("poststop", hooks, &state).into_iter().next() {
+                return Err(first);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Locked<'_> {
+    fn group(&self) -> Result<&Group> {
+        self.record
+            .group
+            .as_ref()
+            .ok_or_else(|| Error::State("the container has no cgroup".into()))
+    }
+}
+
+/// Whether init lives: there, the same process as then, and not a zombie.
+pub(crate) fn is_alive(record: &Record) -> bool {
+    process_stat(record.pid)
+        .is_some_and(|found| found.start == record.pid_start && !matches!(found.state, 'Z' | 'X'))
+}
+
+/// A descriptor of init, checked to be the recorded process after it was opened.
+pub(crate) fn open_init(record: &Record) -> Result<OwnedFd> {
+    let pid = Pid::from_raw(record.pid).ok_or(Error::NotRunning)?;
+    let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+        Err(rustix::io::Errno::SRCH) => return Err(Error::NotRunning),
+        other => other.context(|| "pidfd_open")?,
+    };
+    if is_alive(record) {
+        Ok(pidfd)
+    } else {
+        Err(Error::NotRunning)
+    }
+}
+
+fn signal_init(record: &Record, signal: Signal) -> Result<()> {
+    let init = open_init(record)?;
+    match rustix::process::pidfd_send_signal(&init, signal) {
+        Err(rustix::io::Errno::SRCH) => Err(Error::NotRunning),
+        other => other.context(|| format!("signal process {}", record.pid)),
+    }
+}
+
+/// A signal by number, real-time ones included.
+fn signal_from(number: i32) -> Result<Signal> {
+    Signal::from_named_raw(number)
+        .or_else(|| crate::sys::realtime_signal(number))
+        .ok_or_else(|| Error::Spec(format!("unknown signal {number}")))
+}
+
+/// Waits for events on a descriptor (errors and hang-ups always count); `false` when the time is over.
+fn wait_for(fd: &OwnedFd, events: PollFlags, timeout_s: Option<i64>) -> Result<bool> {
+    let timeout = timeout_s.map(|seconds| rustix::event::Timespec {
+        tv_sec: seconds,
+        tv_nsec: 0,
+    });
+    loop {
+        let mut polled = [PollFd::new(fd, events)];
+        match rustix::event::poll(&mut polled, timeout.as_ref()) {
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(count) => return Ok(count > 0),
+            Err(error) => return Err(error).context(|| "poll"),
+        }
+    }
+}
+
+/// Kills init and waits until it has ended (not until it is reaped).
+fn end_init(record: &Record) -> Result<()> {
+    let init = match open_init(record) {
+        Err(Error::NotRunning) => return Ok(()),
+        other => other?,
+    };
+    rustix::process::pidfd_send_signal(&init, Signal::KILL).ok();
+    if let Some(group) = &record.group
+        && group.is_frozen()
+    {
+        group.thaw()?;
+    }
+    if wait_for(&init, PollFlags::IN, Some(KILL_TIMEOUT_S))? {
+        Ok(())
+    } else {
+        Err(Error::State("container init still running".into()))
+    }
+}
+
+fn destroy(record: &Record) -> Result<()> {
+    if let Some(group) = &record.group {
+        // Without a pid namespace of its own, init's end leaves the others alive; with one they are dying already,
+        // unless frozen. Processes that joined from outside (exec into a shared pid namespace) die here as well.
+        let shares_pids = record.namespaces & libc::CLONE_NEWPID == 0;
+        if shares_pids || group.is_frozen() || group.processes().is_ok_and(|left| !left.is_empty())
+        {
+            group.kill_all()?;
+        }
+        group.remove()?;
+    }
+    if let Some(unit) = &record.systemd_unit {
+        systemd::stop(unit)?;
+    }
+    if let Some(resctrl) = &record.resctrl {
+        match fs::remove_dir(resctrl) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).context(|| format!("remove {}", resctrl.display()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// A user's name by /etc/passwd, or the number.
+fn owner_name(uid: u32) -> String {
+    if uid == 0 {
+        return "root".into();
+    }
+    let table = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let named = table.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(uid)).then(|| name.to_owned())
+    });
+    named.unwrap_or_else(|| format!("#{uid}"))
+}

@@ -1,0 +1,530 @@
+//! Creating a container: the parent's side.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType,
+};
+
+use crate::cgroup::{CgroupView, Entry, Group};
+use crate::channel::{Channel, Message};
+use crate::error::{Context, Error, Result};
+use crate::init::rootfs::{self, RootChange, Sources};
+use crate::init::{Init, Waits, identity, never_return};
+use crate::namespaces::{ForChildren, Namespaces, write_id_maps};
+use crate::request::{CreateRequest, Created, Parentage, RootMode, Stdio};
+use crate::runtime::{CgroupDriver, Runtime, check_labels};
+use crate::seccomp::Program;
+use crate::spawn::{self, Birth, Newborn};
+use crate::spec::{Linux, Process, Spec};
+use crate::state::{self, Directory, Record, check_id, process_stat};
+use crate::sys::CloneRequest;
+use crate::{hooks, resctrl};
+
+/// What is undone when creating fails.
+struct Undo<'a> {
+    directory: &'a Directory,
+    group: Option<Group>,
+    resctrl: Option<PathBuf>,
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        // The first failure is what the caller hears; what is left here is found by the next `delete --force`.
+        if let Some(group) = &self.group {
+            group.kill_all().ok();
+            group.remove().ok();
+        }
+        if let Some(resctrl) = &self.resctrl {
+            fs::remove_dir(resctrl).ok();
+        }
+        self.directory.remove().ok();
+    }
+}
+
+impl Runtime {
+    /// Creates a container: everything is set up, its program waits for [`start`](crate::Container::start).
+    ///
+    /// # Errors
+    /// `Exists`; `Spec` or `Unsupported` naming the property; `Process` if the new process failed; `Io`. Nothing is left
+    /// behind then.
+    pub fn create(&self, request: &CreateRequest<'_>) -> Result<Created> {
+        check_id(request.id)?;
+        self.check_process()?;
+        let spec = request.spec;
+        spec.validate()?;
+        let linux = spec.linux.as_ref().expect("validated");
+        let process = spec
+            .process
+            .as_ref()
+            .ok_or_else(|| Error::Spec("process must be set".into()))?;
+        check_stdio(process, &request.stdio)?;
+        check_labels(process, &linux.mount_label)?;
+        let namespaces = Namespaces::plan(linux)?;
+        check_sysctls(linux, &namespaces)?;
+        let seccomp = linux
+            .seccomp
+            .as_ref()
+            .map(|profile| self.seccomp_program(profile))
+            .transpose()?;
+        let root = &spec.root.as_ref().expect("validated").path;
+        let rootfs = request.bundle.join(root);
+        let rootfs = fs::canonicalize(&rootfs)
+            .context(|| format!("invalid rootfs: {}", rootfs.display()))?;
+        let directory = Directory::make(&self.options.root, request.id)?;
+        directory.lock()?;
+        let creation = Creation {
+            runtime: self,
+            request,
+            linux,
+            process,
+            namespaces,
+            seccomp,
+            rootfs,
+            directory: &directory,
+        };
+        creation.run()
+    }
+}
+
+struct Creation<'a> {
+    runtime: &'a Runtime,
+    request: &'a CreateRequest<'a>,
+    linux: &'a Linux,
+    process: &'a Process,
+    namespaces: Namespaces,
+    seccomp: Option<Program>,
+    rootfs: PathBuf,
+    directory: &'a Directory,
+}
+
+impl Creation<'_> {
+    fn spec(&self) -> &Spec {
+        self.request.spec
+    }
+
+    fn run(mut self) -> Result<Created> {
+        let mut undo = Undo {
+            directory: self.directory,
+            group: None,
+            resctrl: None,
+        };
+        let systemd = self.runtime.options.driver == CgroupDriver::Systemd;
+        let group = self.plan_group(systemd)?;
+        undo.group.clone_from(&group);
+        if let Some(group) = group.as_ref().filter(|_| !systemd) {
+            self.make_group(group, &mut undo)?;
+        }
+        let (parent_end, child_end) = Channel::pair()?;
+        let child = self.clone_init(
+            undo.group.as_ref().filter(|_| !systemd),
+            systemd,
+            &parent_end,
+            child_end,
+        )?;
+        let unit = match (&undo.group, systemd) {
+            (Some(group), true) => Some(self.make_scope(group, child.pid)?),
+            _ => None,
+        };
+        self.set_from_outside(&child, &parent_end, systemd)?;
+        undo.resctrl = resctrl::apply(self.linux, self.request.id, child.pid)?;
+        let prestart = || self.run_prestart_hooks(child.pid);
+        let listener = |fd| self.pass_listener(&fd, child.pid);
+        let conversation = spawn::converse(&parent_end, &child, prestart, listener)?;
+        if !conversation.ready {
+            return Err(Error::Process(
+                "init died before it was ready (killed, or out of memory)".into(),
+            ));
+        }
+        let stat = process_stat(child.pid).ok_or_else(|| Error::Process("init died".into()))?;
+        let record = self.record(&undo, unit, child.pid, stat.start);
+        self.directory.write(&record)?;
+        std::mem::forget(undo);
+        let pid = child.pid;
+        Ok(Created {
+            pid,
+            pidfd: child.keep(),
+            console: conversation.console,
+        })
+    }
+
+    fn plan_group(&self, systemd: bool) -> Result<Option<Group>> {
+        let Some(host) = &self.runtime.host else {
+            return Ok(None);
+        };
+        if systemd {
+            return crate::cgroup::systemd::plan(host, &self.linux.cgroups_path, self.request.id)
+                .map(Some);
+        }
+        Group::plan(host, &self.linux.cgroups_path, self.request.id).map(Some)
+    }
+
+    /// Makes the group's directories. Somebody without the right to may go without, if the configuration asks for nothing.
+    fn make_group(&self, group: &Group, undo: &mut Undo<'_>) -> Result<()> {
+        let devices =
+            !self.namespaces.separate(libc::CLONE_NEWUSER) || rustix::process::geteuid().is_root();
+        match group.create(self.linux.resources.as_ref(), devices) {
+            Err(error)
+                if !rustix::process::geteuid().is_root()
+                    && self.linux.cgroups_path.is_empty()
+                    && matches!(
+                        error.os_error(),
+                        Some(libc::EACCES | libc::EPERM | libc::EROFS)
+                    ) =>
+            {
+                undo.group = None;
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn make_scope(&self, group: &Group, pid: i32) -> Result<String> {
+        let resources = self.linux.resources.as_ref();
+        let unit = crate::cgroup::systemd::start_scope(
+            &self.linux.cgroups_path,
+            self.request.id,
+            pid,
+            resources,
+        )?;
+        group.create(resources, true)?;
+        group.add(pid)?;
+        Ok(unit)
+    }
+
+    fn clone_init(
+        &mut self,
+        group: Option<&Group>,
+        systemd: bool,
+        parent_end: &Channel,
+        child_end: Channel,
+    ) -> Result<Newborn> {
+        let entry = group.map_or_else(|| Ok(Entry::Writes(Vec::new())), |group| group.entry(""))?;
+        let foreign_user = self.namespaces.separate(libc::CLONE_NEWUSER);
+        let sources = if foreign_user && self.namespaces.separate(libc::CLONE_NEWNS) {
+            rootfs::open_sources(self.spec(), self.request.bundle, &self.rootfs)?
+        } else {
+            Sources::default()
+        };
+        let start = self.directory.make_start()?;
+        let failure = self.directory.make_failure()?;
+        let joined_pid = self
+            .namespaces
+            .joins(libc::CLONE_NEWPID)
+            .map(ForChildren::pid)
+            .transpose()?;
+        let own_time = self
+            .namespaces
+            .has_new(0x80)
+            .then(|| ForChildren::time(self.linux.time_offsets.iter()))
+            .transpose()?;
+        let (born, writes) = match entry {
+            Entry::Born(directory) => (Some(directory), Vec::new()),
+            Entry::Writes(files) => (None, files),
+        };
+        let hooks = self.spec().hooks.as_ref();
+        let waits = Waits {
+            go: foreign_user || systemd,
+            hooks: hooks.is_some_and(|hooks| {
+                !(hooks.prestart.is_empty()
+                    && hooks.create_runtime.is_empty()
+                    && hooks.create_container.is_empty())
+            }),
+        };
+        let birth = Birth {
+            request: CloneRequest {
+                namespaces: u64::from(self.namespaces.clone_flags().cast_unsigned()),
+                sibling: self.request.parentage == Parentage::Sibling,
+                cgroup: born.as_ref().map(AsFd::as_fd),
+            },
+            through_helper: self.namespaces.joins(libc::CLONE_NEWUSER).is_some(),
+        };
+        let view = group.map_or(
+            CgroupView::Legacy {
+                hierarchies: Vec::new(),
+            },
+            Group::view,
+        );
+        let child = |channel: Channel, joined: bool| {
+            let init = Init {
+                id: self.request.id,
+                spec: self.spec(),
+                bundle: self.request.bundle,
+                rootfs: &self.rootfs,
+                namespaces: &self.namespaces,
+                sources,
+                cgroup: Entry::Writes(writes),
+                cgroup_view: view,
+                stdio: &self.request.stdio,
+                seccomp: self.seccomp.as_ref(),
+                channel: &channel,
+                start,
+                failure,
+                root_change: match self.request.root_mode {
+                    RootMode::Pivot => RootChange::Pivot,
+                    RootMode::NoPivot => RootChange::MoveAndChroot,
+                },
+                keyring: self.request.keyring,
+                setgroups_allowed: self.setgroups_allowed(),
+                preserve_fds: self.request.preserve_fds,
+                waits,
+            };
+            never_return(channel.as_fd(), || init.run(joined))
+        };
+        let child = spawn::spawn(
+            &birth,
+            parent_end,
+            child_end,
+            || self.namespaces.join(),
+            child,
+        )?;
+        drop((joined_pid, own_time));
+        Ok(child)
+    }
+
+    /// A user who maps only himself has given up setgroups.
+    fn setgroups_allowed(&self) -> bool {
+        !self.namespaces.has_new(libc::CLONE_NEWUSER)
+            || rustix::process::geteuid().is_root()
+            || self
+                .linux
+                .gid_mappings
+                .iter()
+                .map(|map| map.size)
+                .sum::<u32>()
+                > 1
+    }
+
+    /// What only the parent can do to the new process.
+    fn set_from_outside(&self, child: &Newborn, channel: &Channel, systemd: bool) -> Result<()> {
+        if let Some(adjustment) = self.process.oom_score_adj {
+            write_oom_score(child.pid, adjustment)?;
+        }
+        let foreign_user = self.namespaces.separate(libc::CLONE_NEWUSER);
+        if self.namespaces.has_new(libc::CLONE_NEWUSER) {
+            write_id_maps(
+                child.pid,
+                &self.linux.uid_mappings,
+                &self.linux.gid_mappings,
+            )?;
+        }
+        if foreign_user {
+            identity::set_rlimits(child.pid, self.process)?;
+        }
+        if foreign_user || systemd {
+            channel.send(Message::Go(child.pid))?;
+        }
+        Ok(())
+    }
+
+    fn run_prestart_hooks(&self, pid: i32) -> Result<()> {
+        let Some(hooks) = &self.spec().hooks else {
+            return Ok(());
+        };
+        let state = state::hook_state(
+            self.spec(),
+            self.request.id,
+            self.request.bundle,
+            pid,
+            "creating",
+        );
+        hooks::run("prestart", &hooks.prestart, &state)?;
+        hooks::run("createRuntime", &hooks.create_runtime, &state)
+    }
+
+    fn pass_listener(&self, listener: &OwnedFd, pid: i32) -> Result<()> {
+        let Some(program) = &self.seccomp else {
+            return Ok(());
+        };
+        let state = state::hook_state(
+            self.spec(),
+            self.request.id,
+            self.request.bundle,
+            pid,
+            "creating",
+        );
+        pass_listener(program, listener, &self.spec().oci_version, pid, &state)
+    }
+
+    fn record(&self, undo: &Undo<'_>, unit: Option<String>, pid: i32, pid_start: u64) -> Record {
+        let spec = self.spec();
+        let joined = self
+            .namespaces
+            .joined
+            .iter()
+            .fold(0, |bits, (flag, _, _)| bits | flag);
+        Record {
+            version: Record::VERSION,
+            id: self.request.id.to_owned(),
+            oci_version: spec.oci_version.clone(),
+            bundle: self.request.bundle.to_owned(),
+            rootfs: self.rootfs.clone(),
+            pid,
+            pid_start,
+            created: state::rfc3339(SystemTime::now()),
+            owner: rustix::process::geteuid().as_raw(),
+            annotations: spec.annotations.clone(),
+            group: undo.group.clone(),
+            systemd_unit: unit,
+            resctrl: undo.resctrl.clone(),
+            namespaces: self.namespaces.new | joined,
+            setgroups_allowed: self.setgroups_allowed(),
+            chrooted: self.request.root_mode == RootMode::NoPivot
+                || !self.namespaces.separate(libc::CLONE_NEWNS),
+            hooks: spec
+                .hooks
+                .clone()
+                .filter(|hooks| !(hooks.poststart.is_empty() && hooks.poststop.is_empty())),
+            seccomp: self.seccomp.clone(),
+            personality: self.linux.personality.clone(),
+        }
+    }
+}
+
+pub(crate) fn write_oom_score(pid: i32, adjustment: i32) -> Result<()> {
+    fs::write(format!("/proc/{pid}/oom_score_adj"), adjustment.to_string())
+        .context(|| format!("write /proc/{pid}/oom_score_adj ({adjustment})"))
+}
+
+pub(crate) fn check_stdio(process: &Process, stdio: &Stdio) -> Result<()> {
+    match (process.terminal, stdio) {
+        (true, Stdio::Terminal { .. }) | (false, Stdio::Inherit | Stdio::Fds { .. }) => Ok(()),
+        (true, _) => Err(Error::Spec(
+            "process.terminal is set but no console is provided".into(),
+        )),
+        (false, _) => Err(Error::Spec(
+            "a console is provided but process.terminal is not set".into(),
+        )),
+    }
+}
+
+/// Kernel parameters that are the namespaces' own; anything else would change the machine.
+fn check_sysctls(linux: &Linux, namespaces: &Namespaces) -> Result<()> {
+    const IPC: &[&str] = &[
+        "kernel.msgmax",
+        "kernel.msgmnb",
+        "kernel.msgmni",
+        "kernel.sem",
+        "kernel.shmall",
+        "kernel.shmmax",
+        "kernel.shmmni",
+        "kernel.shm_rmid_forced",
+    ];
+    for key in linux.sysctl.keys() {
+        let name = if key
+            .find('/')
+            .is_some_and(|slash| key.find('.').is_none_or(|dot| slash < dot))
+        {
+            key.replace('/', ".")
+        } else {
+            key.clone()
+        };
+        if name.split('.').any(str::is_empty) || key.contains("..") {
+            return Err(Error::Spec(format!("sysctl {key:?} is not a key")));
+        }
+        let refuse = |needs: &str| {
+            Err(Error::Spec(format!(
+                "sysctl {key:?} is not allowed {needs}"
+            )))
+        };
+        if IPC.contains(&name.as_str()) || name.starts_with("fs.mqueue.") {
+            if !namespaces.separate(libc::CLONE_NEWIPC) {
+                return refuse("in the hosts ipc namespace");
+            }
+        } else if name.starts_with("net.") {
+            if !namespaces.separate(libc::CLONE_NEWNET) {
+                return refuse("in the hosts network namespace");
+            }
+        } else if name == "kernel.domainname"
+            || name.starts_with("user.") && namespaces.separate(libc::CLONE_NEWUSER)
+        {
+            if !namespaces.separate(libc::CLONE_NEWUTS) {
+                return refuse("in the hosts uts namespace");
+            }
+        } else if name == "kernel.hostname" {
+            return refuse("as it conflicts with the OCI \"hostname\" field");
+        } else {
+            return Err(Error::Spec(format!(
+                "sysctl {key:?} is not in a separate kernel namespace"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Sends the listener of a notifying filter to its agent, with the container's state.
+/// Spec: config-linux.md, "Container Process State".
+pub(crate) fn pass_listener(
+    program: &Program,
+    listener: &OwnedFd,
+    version: &str,
+    pid: i32,
+    state: &str,
+) -> Result<()> {
+    let what = || format!("seccomp listener {}", program.listener_path);
+    let state: serde_json::Value = serde_json::from_str(state).expect("made by us");
+    let text = serde_json::json!({
+        "ociVersion": version,
+        "fds": ["seccompFd"],
+        "pid": pid,
+        "metadata": program.listener_metadata,
+        "state": state,
+    })
+    .to_string();
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .context(what)?;
+    let address = SocketAddrUnix::new(Path::new(&program.listener_path)).context(what)?;
+    rustix::net::connect(&socket, &address).context(what)?;
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [listener.as_fd()];
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    rustix::net::sendmsg(
+        &socket,
+        &[std::io::IoSlice::new(text.as_bytes())],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )
+    .context(what)
+    .map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_namespaced_parameters_are_taken() {
+        let linux = |key: &str| -> Linux {
+            serde_json::from_value(serde_json::json!({
+                "sysctl": {key: "1"}, "namespaces": [{"type": "ipc"}, {"type": "network"}]
+            }))
+            .unwrap()
+        };
+        let check = |key: &str| {
+            let linux = linux(key);
+            check_sysctls(&linux, &Namespaces::plan(&linux).unwrap())
+        };
+        check("net.ipv4.ip_forward").unwrap();
+        check("net/ipv4/conf/eth0.100/forwarding").unwrap();
+        check("kernel.shmmax").unwrap();
+        for wrong in [
+            "kernel.hostname",
+            "vm.swappiness",
+            "kernel.core_pattern",
+            "net/../kernel/core_pattern",
+            "kernel.domainname",
+        ] {
+            assert!(check(wrong).is_err(), "{wrong}");
+        }
+    }
+}
