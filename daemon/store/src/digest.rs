@@ -87,6 +87,17 @@ impl Digest {
         Self::from_raw(Algorithm::Sha256, &sha2::Sha256::digest(bytes))
     }
 
+    /// The digest of `bytes` by `algorithm`.
+    #[must_use]
+    pub fn compute(algorithm: Algorithm, bytes: &[u8]) -> Self {
+        use sha2::Digest as _;
+        match algorithm {
+            Algorithm::Sha256 => Self::of(bytes),
+            Algorithm::Sha384 => Self::from_raw(algorithm, &sha2::Sha384::digest(bytes)),
+            Algorithm::Sha512 => Self::from_raw(algorithm, &sha2::Sha512::digest(bytes)),
+        }
+    }
+
     /// The digest whose raw bytes are `raw`; their number must fit the algorithm.
     #[must_use]
     pub fn from_raw(algorithm: Algorithm, raw: &[u8]) -> Self {

@@ -18,7 +18,7 @@ use tokio_util::task::TaskTracker;
 use super::SharingPolicy;
 use super::keys::{self, Builder, SCHEMA_VERSION, table};
 use super::records::{NamespaceRecord, decode};
-use crate::content::Store;
+use crate::content::{KeyedMutex, Pins, RefLocks, Store};
 use crate::events::Exchange;
 use crate::{Error, Namespace};
 
@@ -34,10 +34,34 @@ pub(crate) struct Inner {
     pub(crate) events: Exchange,
     pub(crate) policy: SharingPolicy,
     pub(crate) activity: Activity,
+    /// What no record owns any more and is still to be removed below. Senders: changes, when they
+    /// are durable. Receiver: `Db::reclaim`.
+    pub(crate) discarded: Arc<Mutex<Vec<Discarded>>>,
+    /// Held while a file is made or removed, so that neither happens under the other.
+    pub(crate) digests: KeyedMutex,
+    /// Held while a snapshot of that key is made, committed or removed.
+    pub(crate) snapshots: KeyedMutex,
+    /// Objects that a call in progress relies on; no collection takes them away.
+    pub(crate) pins: Pins,
+    /// Keys below of snapshots that are made or committed right now.
+    pub(crate) in_flight: Pins,
+    /// Which refs are being written (`<namespace>/<ref>`).
+    pub(crate) refs: RefLocks,
     /// Work that goes on when its caller has gone away.
     pub(crate) tasks: TaskTracker,
     /// The next number and the end of the block it is from.
     sequence: Mutex<(u64, u64)>,
+}
+
+/// Something in a store below that no record owns any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Discarded {
+    Blob(String),
+    Ingest(String),
+    Snapshot {
+        snapshotter: String,
+        backend: String,
+    },
 }
 
 /// What the collector's scheduler wants to know.
@@ -84,6 +108,12 @@ impl Inner {
             events,
             policy,
             activity: Activity::default(),
+            discarded: Arc::default(),
+            digests: KeyedMutex::default(),
+            snapshots: KeyedMutex::default(),
+            pins: Pins::default(),
+            in_flight: Pins::default(),
+            refs: RefLocks::default(),
             tasks: TaskTracker::new(),
             sequence: Mutex::new((0, 0)),
         })
@@ -112,6 +142,7 @@ impl Inner {
             let mut change_ = Change {
                 tx,
                 events: &self.events,
+                discarded: &self.discarded,
                 removed: 0,
             };
             let result = change(&mut change_)?;
@@ -165,6 +196,15 @@ impl Inner {
             .collect()
     }
 
+    /// Has something below removed that no record ever owned.
+    pub(crate) fn discard(&self, what: Discarded) {
+        self.discarded
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(what);
+        self.activity.removed.notify_one();
+    }
+
     /// A number that was never handed out before, not even before a crash.
     pub(crate) async fn next_sequence(&self) -> Result<u64, Error> {
         loop {
@@ -202,6 +242,7 @@ impl Inner {
 pub(crate) struct Change<'a, 't> {
     pub(crate) tx: &'a mut Tx<'t>,
     events: &'a Exchange,
+    discarded: &'a Arc<Mutex<Vec<Discarded>>>,
     removed: u64,
 }
 
@@ -236,6 +277,18 @@ impl Change<'_, '_> {
     /// Says that the change took away what may have kept something: a collection is worth its while.
     pub(crate) fn dirty(&mut self) {
         self.removed += 1;
+    }
+
+    /// Has something below removed, once the change that gave it up is durable.
+    pub(crate) fn discard(&mut self, what: Discarded) {
+        self.dirty();
+        let discarded = self.discarded.clone();
+        self.tx.on_durable(move || {
+            discarded
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(what);
+        });
     }
 
     /// Makes the namespace exist.

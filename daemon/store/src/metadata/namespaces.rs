@@ -160,6 +160,14 @@ impl Namespaces {
     }
 }
 
+/// Whether others may have a namespace's blobs for their names.
+pub(crate) fn is_shareable(change: &Change<'_, '_>, name: &Namespace) -> Result<bool, Error> {
+    let record: Option<NamespaceRecord> =
+        change.get(&keys::namespace(name), || format!("namespace \"{name}\""))?;
+    let label = record.and_then(|mut r| r.labels.remove(labels::NAMESPACE_SHAREABLE));
+    Ok(label.is_some_and(|value| value == "true"))
+}
+
 /// What keeps a namespace from being deleted, in the words of the error.
 fn left_in(change: &Change<'_, '_>, name: &Namespace) -> Result<Vec<String>, Error> {
     let mut left = Vec::new();

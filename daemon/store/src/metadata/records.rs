@@ -164,6 +164,25 @@ pub(crate) struct SnapshotRecord {
     /// 1 view, 2 active, 3 committed.
     #[prost(uint32, tag = "5")]
     pub(crate) kind: u32,
+    /// Set on an active snapshot while its commit runs below, so that a commit which a crash
+    /// interrupted is finished at the next start.
+    #[prost(message, optional, tag = "6")]
+    pub(crate) committing: Option<Committing>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct Committing {
+    /// Client name it gets.
+    #[prost(string, tag = "1")]
+    pub(crate) name: String,
+    /// Key it gets in the driver.
+    #[prost(string, tag = "2")]
+    pub(crate) backend: String,
+    #[prost(btree_map = "string, string", tag = "3")]
+    pub(crate) labels: Labels,
+    /// Client name of its parent then.
+    #[prost(string, tag = "4")]
+    pub(crate) parent: String,
 }
 
 /// Decodes a value; `what` names its object in the error.
