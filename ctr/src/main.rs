@@ -1,2 +1,58 @@
-//! Skeleton.
-fn main() {}
+//! `ctr`: a thin command line client of a containerd-compatible daemon.
+//!
+//! Owns nothing but the terminal: every command is a few calls to the daemon's gRPC API. This file
+//! parses, runs one command, prints its failure and turns it into an exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+mod advice;
+mod attach;
+mod cli;
+mod client;
+mod cni;
+mod commands;
+mod content;
+mod duration;
+mod fifo;
+mod flags;
+mod image;
+mod json;
+mod labels;
+mod lease;
+mod mount;
+mod process;
+mod progress;
+mod signals;
+mod spec;
+mod streaming;
+mod table;
+mod terminal;
+mod transfer;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    let advisor = advice::Advisor::new(&cli.global);
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&format!("cannot start: {error}")),
+    };
+    let outcome = runtime.block_on(cli::run(cli));
+    // A thread may still sit in a read of stdin; nothing waits for it.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        // `ctr images ls | head -1` is not a failure.
+        Err(error) if table::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => fail(&advisor.explain(&error)),
+    }
+}
+
+fn fail(text: &str) -> ExitCode {
+    eprintln!("ctr: {text}");
+    ExitCode::FAILURE
+}
