@@ -364,8 +364,8 @@ impl Sink for Memory {
     fn offset(&self) -> u64 {
         self.bytes.len() as u64
     }
-    fn digest(&self) -> Digest {
-        Digest::of(&self.bytes)
+    async fn digest(&mut self) -> Result<Digest, lighter_store::Error> {
+        Ok(Digest::of(&self.bytes))
     }
     async fn write(&mut self, data: Bytes) -> Result<(), lighter_store::Error> {
         self.bytes.extend_from_slice(&data);
@@ -382,8 +382,8 @@ impl Sink for Writer {
     fn offset(&self) -> u64 {
         self.status().offset_bytes
     }
-    fn digest(&self) -> Digest {
-        Self::digest(self)
+    async fn digest(&mut self) -> Result<Digest, lighter_store::Error> {
+        Self::digest(self).await
     }
     async fn write(&mut self, data: Bytes) -> Result<(), lighter_store::Error> {
         Self::write(self, data).await

@@ -33,7 +33,10 @@ pub trait Sink: Send {
     /// Bytes so far.
     fn offset(&self) -> u64;
     /// Digest of the bytes so far.
-    fn digest(&self) -> Digest;
+    ///
+    /// # Errors
+    /// When the sink no longer knows.
+    async fn digest(&mut self) -> Result<Digest, lighter_store::Error>;
     /// Appends.
     ///
     /// # Errors
@@ -82,7 +85,7 @@ impl Session {
         }
         let resumed = sink.offset() > 0;
         if sink.offset() == target.size_bytes {
-            if verify(target, sink).is_ok() {
+            if verify(target, sink).await.is_ok() {
                 return Ok(());
             }
             sink.reset().await?;
@@ -106,7 +109,7 @@ impl Session {
         let mut worst: Option<Error> = None;
         for source in self.sources(target)? {
             let outcome = match self.fetch_from(&source, target, sink, progress).await {
-                Ok(()) => verify(target, sink),
+                Ok(()) => verify(target, sink).await,
                 Err(error) => Err(error),
             };
             let error = match outcome {
@@ -357,14 +360,14 @@ fn content_range_start(response: &Response) -> Option<u64> {
     range.split('-').next()?.trim().parse().ok()
 }
 
-fn verify(target: &Target, sink: &dyn Sink) -> Result<(), Error> {
+async fn verify(target: &Target, sink: &mut dyn Sink) -> Result<(), Error> {
     if sink.offset() != target.size_bytes {
         return Err(Error::Size {
             got_bytes: sink.offset(),
             want_bytes: target.size_bytes,
         });
     }
-    let got = sink.digest();
+    let got = sink.digest().await?;
     if got.algorithm() == target.digest.algorithm() && got != target.digest {
         return Err(Error::Digest {
             got,

@@ -26,8 +26,8 @@ impl Sink for Memory {
     fn offset(&self) -> u64 {
         self.0.len() as u64
     }
-    fn digest(&self) -> Digest {
-        Digest::of(&self.0)
+    async fn digest(&mut self) -> Result<Digest, lighter_store::Error> {
+        Ok(Digest::of(&self.0))
     }
     async fn write(&mut self, data: Bytes) -> Result<(), lighter_store::Error> {
         self.0.extend_from_slice(&data);
