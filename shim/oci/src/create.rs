@@ -22,7 +22,7 @@ use crate::seccomp::Program;
 use crate::spawn::{self, Birth, Newborn};
 use crate::spec::{Linux, Process, Spec};
 use crate::state::{self, Directory, Record, check_id, process_stat};
-use crate::sys::CloneRequest;
+use crate::sys::{CLONE_NEWTIME, CloneRequest};
 use crate::{hooks, resctrl};
 
 /// What is undone when creating fails.
@@ -219,7 +219,7 @@ impl Creation<'_> {
             .transpose()?;
         let own_time = self
             .namespaces
-            .has_new(0x80)
+            .has_new(CLONE_NEWTIME)
             .then(|| ForChildren::time(self.linux.time_offsets.iter()))
             .transpose()?;
         let (born, writes) = match entry {

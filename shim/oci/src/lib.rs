@@ -51,8 +51,10 @@
 //! ```
 
 mod capability;
-mod cgroup;
+pub mod cgroup;
 mod channel;
+mod checkpoint;
+pub mod cli;
 mod container;
 mod create;
 mod error;
@@ -71,7 +73,7 @@ pub mod spec;
 mod state;
 mod sys;
 
-pub use cgroup::{Group, Host, Stats};
+pub use cgroup::{Group, Stats};
 pub use container::{Container, Deletion, KillScope};
 pub use error::{Error, Result, errno_text};
 pub use request::{

@@ -24,7 +24,7 @@ pub(crate) const KINDS: &[(&str, i32, &str)] = &[
     ("time", TIME, "time"),
 ];
 
-const TIME: i32 = 0x80;
+const TIME: i32 = sys::CLONE_NEWTIME;
 
 /// The namespaces of one container.
 #[derive(Debug, Default)]

@@ -284,6 +284,14 @@ fn export(filter: &ScmpFilterContext) -> Result<Vec<u8>> {
     Ok(code)
 }
 
+/// Version of the libseccomp in use.
+pub(crate) fn library_version() -> String {
+    libseccomp::ScmpVersion::current().map_or_else(
+        |_| "unknown".into(),
+        |version| format!("{}.{}.{}", version.major, version.minor, version.micro),
+    )
+}
+
 impl Program {
     /// Loads the filter into this process. The listener, if the profile notifies, has to reach `listener_path`.
     pub(crate) fn load(&self) -> Result<Option<OwnedFd>> {

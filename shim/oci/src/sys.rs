@@ -13,7 +13,8 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
-pub(crate) const CLONE_NEWTIME: u64 = 0x80;
+/// New time namespace; `libc` has it as a flag of unshare(2) only.
+pub(crate) const CLONE_NEWTIME: i32 = 0x80;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Bits for [`mount_setattr`] (linux/mount.h).
@@ -541,12 +542,6 @@ pub(crate) fn inherited(number: u32) -> io::Result<BorrowedFd<'static>> {
     check(unsafe { libc::fcntl(raw, libc::F_GETFD) }.into())?;
     // SAFETY: it is open (checked above) and was inherited: no Rust value owns or closes it.
     Ok(unsafe { BorrowedFd::borrow_raw(raw) })
-}
-
-/// Takes ownership of a descriptor number given on the command line or in the environment.
-pub(crate) fn adopt(number: i32) -> io::Result<OwnedFd> {
-    // SAFETY: only integers are passed; F_DUPFD fails when the number is not open.
-    owned(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) }.into())
 }
 
 /// Every signal back to its default action, none blocked.

@@ -136,7 +136,7 @@ fn message(
             if kind == "g" {
                 header.signature(value)
             } else {
-                drop(header.text(value))
+                header.text(value);
             }
         };
         field(1, "o", path);

@@ -316,4 +316,21 @@ impl Group {
             Self::Unified { path } => stats::read_v2(path),
         }
     }
+
+    /// How many of the group's processes the kernel has killed for want of memory.
+    #[must_use]
+    pub fn oom_kills(&self) -> u64 {
+        let file = match self {
+            Self::Legacy { .. } => "memory.oom_control",
+            Self::Unified { .. } => "memory.events",
+        };
+        let figures = self
+            .directory("memory")
+            .map(|path| fs::pairs(path, file))
+            .unwrap_or_default();
+        figures
+            .iter()
+            .find(|(key, _)| key == "oom_kill")
+            .map_or(0, |(_, count)| *count)
+    }
 }

@@ -1,0 +1,96 @@
+//! Writing a container to images.
+
+use std::path::Path;
+
+use super::{Choices, DESCRIPTORS, external_mounts};
+use crate::container::{Container, Deletion};
+use crate::error::{Context, Error, Result};
+use crate::spec::Spec;
+use crate::state::Status;
+
+/// What happens to the container once it is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Afterwards {
+    Ends,
+    Runs,
+}
+
+/// Writes a running or paused container to images.
+pub(super) fn dump(
+    container: &Container<'_>,
+    choices: &Choices,
+    parent: Option<&Path>,
+    pre_dump: bool,
+    afterwards: Afterwards,
+) -> Result<()> {
+    let locked = container.lock()?;
+    let record = &locked.record;
+    match container.status(record) {
+        Status::Running | Status::Paused => {}
+        status => {
+            return Err(Error::State(format!(
+                "cannot checkpoint a container that is {}",
+                status.as_str()
+            )));
+        }
+    }
+    choices.make_directories()?;
+    let spec = Spec::load(&record.bundle)?;
+    let verb = if pre_dump { "pre-dump" } else { "dump" };
+    let log = "dump.log";
+    let mut command = choices.command(verb, log);
+    command
+        .arg("--tree")
+        .arg(record.pid.to_string())
+        .arg("--root")
+        .arg(&record.rootfs);
+    for (place, _) in external_mounts(&spec, &record.bundle)? {
+        command
+            .arg("--external")
+            .arg(format!("mnt[{0}]:{0}", place.display()));
+    }
+    for path in spec
+        .linux
+        .as_ref()
+        .map(|linux| linux.masked_paths.as_slice())
+        .unwrap_or_default()
+    {
+        let inside = record.rootfs.join(path.trim_start_matches('/'));
+        if !inside.is_dir() {
+            command.arg("--external").arg(format!("mnt[{path}]:{path}"));
+        }
+    }
+    if let Some(freezer) = record
+        .group
+        .as_ref()
+        .and_then(|group| group.directory("freezer"))
+    {
+        command.arg("--freeze-cgroup").arg(freezer);
+    }
+    if afterwards == Afterwards::Runs && !pre_dump {
+        command.arg("--leave-running");
+    }
+    if pre_dump {
+        command.arg("--track-mem");
+    }
+    if let Some(parent) = parent {
+        command.arg("--prev-images-dir").arg(parent);
+    }
+    let descriptors: Vec<String> = (0..3)
+        .map(|number| {
+            std::fs::read_link(format!("/proc/{}/fd/{number}", record.pid)).map_or_else(
+                |_| String::new(),
+                |link| link.to_string_lossy().into_owned(),
+            )
+        })
+        .collect();
+    choices.run(command, verb, log)?;
+    let path = choices.images.join(DESCRIPTORS);
+    let text = serde_json::to_string(&descriptors).expect("strings");
+    std::fs::write(&path, text).context(|| format!("write {}", path.display()))?;
+    drop(locked);
+    if afterwards == Afterwards::Ends && !pre_dump {
+        container.delete(Deletion::Forced)?;
+    }
+    Ok(())
+}
