@@ -3,8 +3,14 @@
 use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::Context as _;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// How long a command may take on a loaded machine before it is killed.
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A `ctr`, pointed at one daemon and namespace.
 #[derive(Debug, Clone)]
@@ -85,7 +91,16 @@ impl Cli {
             // A command that does not read its input closes the pipe: that is its business.
             let _ = stdin.write_all(&input);
         });
+        let pid = Pid::from_raw(i32::try_from(child.id())?);
+        let (done, watch) = std::sync::mpsc::channel::<()>();
+        let guard = std::thread::spawn(move || {
+            if watch.recv_timeout(DEADLINE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+        });
         let output = child.wait_with_output()?;
+        drop(done);
+        let _ = guard.join();
         let _ = feeder.join();
         Ok(Output {
             code: output.status.code().unwrap_or(-1),

@@ -25,4 +25,4 @@ pub use registry::Registry;
 pub use subject::Subject;
 
 /// What every helper and test returns.
-pub type Result<T = ()> = anyhow::Result<T>;
+pub type Result<T = (), E = anyhow::Error> = std::result::Result<T, E>;

@@ -19,7 +19,9 @@ fn main() -> ExitCode {
 
 fn write() -> Result {
     let mut args = std::env::args().skip(1);
-    let Some(file) = args.next() else { anyhow::bail!("usage: busybox-image FILE [NAME]") };
+    let Some(file) = args.next() else {
+        anyhow::bail!("usage: busybox-image FILE [NAME]")
+    };
     let name = args.next().unwrap_or_else(|| DEFAULT_NAME.to_owned());
     std::fs::write(&file, Image::busybox(&name)?.oci_archive()?)?;
     Ok(())

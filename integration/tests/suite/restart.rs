@@ -1,0 +1,137 @@
+//! The daemon and shims die; containers, records and exits do not get lost.
+
+use std::fs;
+
+use lighter_integration::{Client, Container, Daemon, Result, Spec, Subject, eventually};
+use lighter_proto::containerd::v1::types::Status;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::run::ready;
+
+/// Starts a container that ends with code 5 on SIGTERM.
+async fn start(client: &Client, daemon: &Daemon, top: &str, id: &str) -> Result<(Container, u32)> {
+    let script = "trap 'exit 5' TERM; while :; do sleep 0.05; done";
+    let spec = Spec::new(daemon.namespace(), id, &["sh", "-c", script]);
+    let container = client.create(id, top, &spec).await?;
+    let pid = client.create_task(&container, None).await?;
+    client.start(id, "").await?;
+    Ok((container, pid))
+}
+
+fn parent_of(pid: u32) -> Result<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let after = stat.rsplit(')').next().unwrap_or_default();
+    Ok(after
+        .split_whitespace()
+        .nth(1)
+        .unwrap_or_default()
+        .parse()?)
+}
+
+#[tokio::test]
+async fn containers_outlive_a_killed_daemon_and_are_found_again() -> Result {
+    let (mut daemon, client, _, top) = ready().await?;
+    let mut containers = Vec::new();
+    for n in 0..20 {
+        containers.push(start(&client, &daemon, &top, &format!("c{n}")).await?);
+    }
+    daemon.kill()?;
+    for (_, pid) in &containers {
+        kill(Pid::from_raw(i32::try_from(*pid)?), None)?;
+    }
+    // Two end while nobody looks.
+    if daemon.subject() == Subject::Lighter {
+        for (_, pid) in &containers[..2] {
+            kill(Pid::from_raw(i32::try_from(*pid)?), Signal::SIGTERM)?;
+        }
+    }
+    daemon.boot().await?;
+    let client = daemon.client().await?;
+    let live = if daemon.subject() == Subject::Lighter {
+        2..
+    } else {
+        0..
+    };
+    for (container, pid) in &containers[live] {
+        let task = eventually("the task is found", async || {
+            Ok(client.task(&container.id, "").await.ok())
+        })
+        .await?;
+        assert_eq!(
+            (task.status(), task.pid),
+            (Status::Running, *pid),
+            "{}",
+            container.id
+        );
+        let process = Spec::new(daemon.namespace(), "x", &[]).process(&["sh", "-c", "exit 4"]);
+        client.exec(&container.id, "again", &process, None).await?;
+        assert_eq!(client.wait(&container.id, "again").await?.status, 4);
+    }
+    if daemon.subject() == Subject::Lighter {
+        for (container, _) in &containers[..2] {
+            assert_eq!(
+                client.wait(&container.id, "").await?.status,
+                5,
+                "{}",
+                container.id
+            );
+            assert_eq!(
+                client.task(&container.id, "").await?.status(),
+                Status::Stopped
+            );
+            assert_eq!(client.delete_task(&container.id).await?.status, 5);
+            client.delete(container).await?;
+        }
+        containers.drain(..2);
+    }
+    for (container, _) in &containers {
+        client.kill(&container.id, "", 15).await?;
+        assert_eq!(client.wait(&container.id, "").await?.status, 5);
+        assert_eq!(client.delete_task(&container.id).await?.status, 5);
+        client.delete(container).await?;
+    }
+    daemon.finish().await
+}
+
+#[tokio::test]
+async fn a_killed_shim_takes_only_its_own_container() -> Result {
+    let (daemon, client, _, top) = ready().await?;
+    let (victim, pid) = start(&client, &daemon, &top, "victim").await?;
+    let (other, other_pid) = start(&client, &daemon, &top, "other").await?;
+    let mut events = crate::events::subscribe(&client, &daemon).await;
+    kill(Pid::from_raw(parent_of(pid)?), Signal::SIGKILL)?;
+    let exit = events.task_exit("victim").await?;
+    assert_eq!((exit.id.as_str(), exit.exit_status), ("victim", 137));
+    let gone = eventually("the task is gone", async || {
+        Ok(client.task("victim", "").await.err())
+    })
+    .await?;
+    assert_eq!(gone.code(), tonic::Code::NotFound);
+    eventually("its process is gone", async || {
+        Ok((!fs::exists(format!("/proc/{pid}"))?).then_some(()))
+    })
+    .await?;
+    let task = client.task("other", "").await?;
+    assert_eq!((task.status(), task.pid), (Status::Running, other_pid));
+    client.destroy(&victim).await?;
+    client.destroy(&other).await?;
+    daemon.finish().await
+}
+
+#[tokio::test]
+async fn stopping_the_daemon_stops_no_container() -> Result {
+    let (mut daemon, client, _, top) = ready().await?;
+    let (container, pid) = start(&client, &daemon, &top, "stays").await?;
+    daemon.stop().await?;
+    assert!(fs::exists(format!("/proc/{pid}"))?);
+    daemon.boot().await?;
+    let client = daemon.client().await?;
+    let task = eventually("the task is found", async || {
+        Ok(client.task("stays", "").await.ok())
+    })
+    .await?;
+    assert_eq!(task.status(), Status::Running);
+    client.destroy(&container).await?;
+    daemon.finish().await
+}
