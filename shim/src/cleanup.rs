@@ -11,7 +11,7 @@ use prost::Message as _;
 use crate::args::Flags;
 use crate::bundle::{self, Spec};
 use crate::error::{Error, Result};
-use crate::runtime::Target;
+use crate::runtime::{Target, builtin};
 use crate::{mount, socket};
 
 /// What a container is said to have ended with: 128 + SIGKILL.
@@ -44,10 +44,13 @@ pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>> {
 }
 
 fn delete_container(target: &Target) {
-    let binary = match target.options.binary_name.as_str() {
-        "" => "runc",
-        name => name,
-    };
+    if target.is_builtin() {
+        if let Err(error) = builtin::force_delete(target) {
+            eprintln!("delete {}: {error}", target.id);
+        }
+        return;
+    }
+    let binary = &target.options.binary_name;
     let mut command = Command::new(binary);
     command.arg("--root").arg(&target.root);
     if target.options.systemd_cgroup {

@@ -23,6 +23,7 @@ mod socket;
 mod start;
 mod sys;
 mod task;
+mod worker;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -52,6 +53,10 @@ fn run(flags: &Flags) -> error::Result<Vec<u8>> {
     }
     if flags.info {
         return info::info();
+    }
+    if flags.action != "delete" {
+        // The server's workers enter containers, which must not be able to write to its file.
+        lighter_oci::seal::reexecute().map_err(|e| error::Error::Runtime(e.to_string()))?;
     }
     match flags.action.as_str() {
         "start" => Ok(start::start(flags)?.unwrap_or_default()),

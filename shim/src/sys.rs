@@ -16,14 +16,14 @@ use tokio::io::unix::AsyncFd;
 #[derive(Debug)]
 pub(crate) enum Fork {
     /// The caller, with the child's pid.
-    Parent(#[expect(dead_code, reason = "the built-in runtime waits for its workers by it")] u32),
+    Parent(u32),
     /// The new process.
     Child,
 }
 
-/// Number of threads of this process.
-fn threads() -> io::Result<usize> {
-    Ok(std::fs::read_dir("/proc/self/task")?.count())
+/// Number of threads of this process: the directory has two links of its own, and one per thread.
+fn threads() -> io::Result<u64> {
+    Ok(std::os::unix::fs::MetadataExt::nlink(&std::fs::metadata("/proc/self/task")?) - 2)
 }
 
 /// Forks. Refused while other threads exist: their locks would stay held in the child for ever.
@@ -46,7 +46,6 @@ pub(crate) fn fork() -> io::Result<Fork> {
 }
 
 /// Ends a forked child at once: no destructors, which would act on what the parent still owns.
-#[expect(dead_code, reason = "for the workers of the built-in runtime")]
 pub(crate) fn exit_now(code: i32) -> ! {
     // SAFETY: _exit has no preconditions.
     unsafe { libc::_exit(code) }

@@ -151,7 +151,7 @@ impl Task {
             &core.namespace,
             options.clone(),
         );
-        let runtime = runtime::open(target, &core.reaper);
+        let runtime = runtime::open(target, &core.reaper, &core.socket_dir);
         let stdio = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -221,10 +221,10 @@ impl Task {
     }
 
     async fn adopt(&self, io: &ProcessIo, running: &mut Running) -> Result<()> {
-        let Some(console) = running.console.take() else {
+        let Some(terminal) = running.terminal.take() else {
             return Ok(());
         };
-        io.adopt_terminal(console, &io_context(&self.core, &self.id, &self.options))
+        io.start_terminal(terminal, &io_context(&self.core, &self.id, &self.options))
             .await
     }
 
@@ -880,7 +880,6 @@ fn io_context<'a>(core: &'a Core, id: &'a str, options: &Options) -> Context<'a>
         namespace: &core.namespace,
         owner: (options.io_uid, options.io_gid),
         reaper: &core.reaper,
-        socket_dir: &core.socket_dir,
     }
 }
 

@@ -34,7 +34,6 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::warn;
 
-use self::console::ConsoleSocket;
 use self::cri_log::LogFile;
 use self::logger::Logger;
 use self::uri::Target;
@@ -65,8 +64,6 @@ pub(crate) struct Context<'a> {
     pub(crate) owner: (u32, u32),
     /// For the exits of logging programs.
     pub(crate) reaper: &'a Reaper,
-    /// Directory for console sockets; its path is short.
-    pub(crate) socket_dir: &'a Path,
 }
 
 /// What the new process is given.
@@ -81,8 +78,8 @@ pub(crate) enum ChildStdio {
         /// Standard error.
         stderr: OwnedFd,
     },
-    /// A terminal, whose other end the runtime sends to this socket.
-    Terminal(ConsoleSocket),
+    /// A terminal, whose other end the runtime hands back.
+    Terminal,
 }
 
 /// Our side of a process's streams.
@@ -118,7 +115,7 @@ impl ProcessIo {
             log: Mutex::new(None),
         };
         let child = if stdio.terminal {
-            ChildStdio::Terminal(ConsoleSocket::bind(context.socket_dir)?)
+            ChildStdio::Terminal
         } else {
             match io.open_streams(context).await {
                 Ok(child) => child,
@@ -247,19 +244,6 @@ impl ProcessIo {
         let logger = Logger::start(target, context, out_reader, err_reader).await?;
         locked(&self.loggers).push(logger);
         Ok((stdout, stderr))
-    }
-
-    /// Takes over the terminal that the runtime sent, and starts to copy.
-    ///
-    /// # Errors
-    /// When nothing arrives in time, or a fifo cannot be opened.
-    pub(crate) async fn adopt_terminal(
-        &self,
-        socket: ConsoleSocket,
-        context: &Context<'_>,
-    ) -> Result<()> {
-        let terminal = socket.receive().await?;
-        self.start_terminal(terminal, context).await
     }
 
     /// Copies between a terminal and the client's streams.

@@ -17,9 +17,8 @@ use crate::error::{Error, Result};
 use crate::io::console::ConsoleSocket;
 use crate::io::{ChildStdio, pipe};
 use crate::reaper::Reaper;
+use crate::sys;
 
-/// The runtime when the options name none.
-const DEFAULT_BINARY: &str = "runc";
 /// Output of a runtime command that is kept.
 const MAX_OUTPUT_BYTES: usize = 1 << 20;
 /// End of a runtime's log that is searched for its error.
@@ -30,6 +29,8 @@ const LOG_TAIL_BYTES: u64 = 64 * 1024;
 pub(crate) struct ExecRuntime {
     target: Target,
     reaper: Reaper,
+    /// Directory of console sockets; its path is short.
+    socket_dir: PathBuf,
 }
 
 /// What a command left.
@@ -69,15 +70,16 @@ enum Streams {
 
 impl ExecRuntime {
     /// The runtime of a container.
-    pub(crate) fn new(target: Target, reaper: Reaper) -> Self {
-        Self { target, reaper }
+    pub(crate) fn new(target: Target, reaper: Reaper, socket_dir: PathBuf) -> Self {
+        Self {
+            target,
+            reaper,
+            socket_dir,
+        }
     }
 
     fn binary(&self) -> &str {
-        match self.target.options.binary_name.as_str() {
-            "" => DEFAULT_BINARY,
-            name => name,
-        }
+        &self.target.options.binary_name
     }
 
     fn log(&self) -> PathBuf {
@@ -188,7 +190,8 @@ impl ExecRuntime {
                 stdout,
                 stderr,
             } => Streams::Given([stdin, stdout, stderr]),
-            ChildStdio::Terminal(socket) => {
+            ChildStdio::Terminal => {
+                let socket = ConsoleSocket::bind(&self.socket_dir)?;
                 command.arg("--console-socket").arg(socket.path());
                 console = Some(socket);
                 Streams::Collect
@@ -200,10 +203,22 @@ impl ExecRuntime {
         let window = self.reaper.window();
         self.must(command, streams, what).await?;
         let pid = bundle::read_pid(pid_file)?;
+        let exit = window.claim(pid);
+        let terminal = match console {
+            None => None,
+            Some(socket) => match socket.receive().await {
+                Ok(terminal) => Some(terminal),
+                Err(error) => {
+                    // Without its terminal the process is of no use.
+                    let _ = sys::kill(pid, 9);
+                    return Err(error);
+                }
+            },
+        };
         Ok(Running {
             pid,
-            exit: window.claim(pid),
-            console,
+            exit,
+            terminal,
         })
     }
 

@@ -3,20 +3,24 @@
 //! [`exec`] runs a runtime binary (`runc`, `crun`, … by the runc options' `binary_name`); `builtin`
 //! calls our own library. Neither is ever called under a lock that another container needs.
 
+pub(crate) mod builtin;
 pub(crate) mod exec;
 
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use lighter_proto::containerd::runc::v1::{CheckpointOptions, Options};
 
 use crate::error::Result;
 use crate::io::ChildStdio;
-use crate::io::console::ConsoleSocket;
+
 use crate::reaper::{Pending, Reaper};
 
-/// Where runtimes keep their state when the options name no root; the namespace is appended.
-pub(crate) const DEFAULT_ROOT: &str = "/run/containerd/runc";
+/// Where runtime programs keep their state when the options name no root; the namespace is appended.
+const DEFAULT_ROOT: &str = "/run/containerd/runc";
+/// The same for the built-in runtime. Its records are not runc's, so they are not mixed.
+const DEFAULT_BUILTIN_ROOT: &str = "/run/containerd/lighter-oci";
 
 /// A new container.
 #[derive(Debug)]
@@ -54,8 +58,8 @@ pub(crate) struct Running {
     pub(crate) pid: u32,
     /// Its exit, some day.
     pub(crate) exit: Pending,
-    /// The socket on which its terminal arrives.
-    pub(crate) console: Option<ConsoleSocket>,
+    /// Master of its terminal, if it has one.
+    pub(crate) terminal: Option<OwnedFd>,
 }
 
 /// Operations on one container. Errors carry the runtime's own text.
@@ -104,10 +108,10 @@ pub(crate) struct Target {
 impl Target {
     /// The target of a container of `namespace`.
     pub(crate) fn new(id: &str, bundle: PathBuf, namespace: &str, options: Options) -> Self {
-        let root = if options.root.is_empty() {
-            DEFAULT_ROOT
-        } else {
-            &options.root
+        let root = match (options.root.as_str(), options.binary_name.as_str()) {
+            ("", "") => DEFAULT_BUILTIN_ROOT,
+            ("", _) => DEFAULT_ROOT,
+            (root, _) => root,
         };
         let root = PathBuf::from(root).join(namespace);
         Self {
@@ -117,9 +121,22 @@ impl Target {
             options,
         }
     }
+
+    /// Whether the options leave the choice to us: then it is the built-in runtime.
+    pub(crate) fn is_builtin(&self) -> bool {
+        self.options.binary_name.is_empty()
+    }
 }
 
 /// The runtime that the options ask for.
-pub(crate) fn open(target: Target, reaper: &Reaper) -> Box<dyn OciRuntime> {
-    Box::new(exec::ExecRuntime::new(target, reaper.clone()))
+pub(crate) fn open(target: Target, reaper: &Reaper, socket_dir: &Path) -> Box<dyn OciRuntime> {
+    if target.is_builtin() {
+        Box::new(builtin::BuiltinRuntime::new(target, reaper.clone()))
+    } else {
+        Box::new(exec::ExecRuntime::new(
+            target,
+            reaper.clone(),
+            socket_dir.to_owned(),
+        ))
+    }
 }

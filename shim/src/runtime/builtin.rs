@@ -1,0 +1,292 @@
+//! Our own OCI runtime, called as a library: no program is executed and nothing is parsed twice.
+//!
+//! What may take its time runs in a [worker]; signals and lists are system calls and happen at once.
+
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use lighter_oci::spec::{Process, Resources, Spec};
+use lighter_oci::{
+    CgroupDriver, CreateRequest, Deletion, ExecRequest, KeyringMode, KillScope, Options, Parentage,
+    RootMode, Runtime, Stdio, TerminalSize,
+};
+use lighter_proto::containerd::runc::v1::CheckpointOptions;
+
+use super::{Create, Exec, OciRuntime, Restore, Running, Target};
+use crate::error::{Error, Result};
+use crate::io::ChildStdio;
+use crate::process::Refusal;
+use crate::reaper::Reaper;
+use crate::worker::{self, Answer, Failure, Fault};
+
+/// The built-in runtime of one container.
+#[derive(Debug)]
+pub(crate) struct BuiltinRuntime {
+    target: Target,
+    reaper: Reaper,
+}
+
+impl From<lighter_oci::Error> for Failure {
+    fn from(error: lighter_oci::Error) -> Self {
+        let fault = match error {
+            lighter_oci::Error::NotFound { .. } => Fault::NotFound,
+            lighter_oci::Error::NotRunning => Fault::NotRunning,
+            _ => Fault::Other,
+        };
+        Self {
+            fault,
+            text: error.to_string(),
+        }
+    }
+}
+
+fn failed(what: &str, failure: Failure) -> Error {
+    Error::Runtime(format!("{what}: {}", failure.text))
+}
+
+fn malformed(what: &str) -> impl FnOnce(serde_json::Error) -> Failure {
+    let what = what.to_owned();
+    move |error| Failure {
+        fault: Fault::Other,
+        text: format!("{what}: {error}"),
+    }
+}
+
+/// Opens the runtime in whichever process is to use it.
+fn open(target: &Target) -> lighter_oci::Result<Runtime> {
+    let mut options = Options::new(&target.root);
+    if target.options.systemd_cgroup {
+        options.driver = CgroupDriver::Systemd;
+    }
+    Runtime::open(options)
+}
+
+fn streams(stdio: ChildStdio, process: Option<&Process>) -> Stdio {
+    match stdio {
+        ChildStdio::Streams {
+            stdin,
+            stdout,
+            stderr,
+        } => Stdio::Fds {
+            stdin,
+            stdout,
+            stderr,
+        },
+        ChildStdio::Terminal => {
+            let size = process.and_then(|process| process.console_size.as_ref());
+            let size = size.map(|size| TerminalSize {
+                columns: size.width,
+                rows: size.height,
+            });
+            Stdio::Terminal { size }
+        }
+    }
+}
+
+fn made(created: lighter_oci::Created) -> Answer {
+    Answer {
+        pid: u32::try_from(created.pid).unwrap_or(0),
+        terminal: created.console,
+    }
+}
+
+/// Force-deletes a container that may not exist, in this process; for the `delete` action.
+///
+/// # Errors
+/// What the runtime said.
+pub(crate) fn force_delete(target: &Target) -> Result<()> {
+    let delete = || -> lighter_oci::Result<()> {
+        open(target)?
+            .container(&target.id)?
+            .delete(Deletion::Forced)
+    };
+    match delete() {
+        Ok(()) | Err(lighter_oci::Error::NotFound { .. }) => Ok(()),
+        Err(error) => Err(Error::Runtime(error.to_string())),
+    }
+}
+
+impl BuiltinRuntime {
+    /// The runtime of a container.
+    pub(crate) fn new(target: Target, reaper: Reaper) -> Self {
+        Self { target, reaper }
+    }
+
+    fn keyring(&self) -> KeyringMode {
+        if self.target.options.no_new_keyring {
+            KeyringMode::Inherited
+        } else {
+            KeyringMode::Own
+        }
+    }
+
+    /// Runs work on the container in a worker.
+    async fn on_container(
+        &self,
+        what: &str,
+        work: impl FnOnce(&lighter_oci::Container<'_>) -> std::result::Result<(), Failure> + Send,
+    ) -> Result<()> {
+        self.on_container_raw(work)
+            .await?
+            .map_err(|failure| failed(what, failure))
+    }
+
+    async fn on_container_raw(
+        &self,
+        work: impl FnOnce(&lighter_oci::Container<'_>) -> std::result::Result<(), Failure> + Send,
+    ) -> Result<std::result::Result<(), Failure>> {
+        let target = &self.target;
+        let done = worker::call(&self.reaper, move || {
+            let runtime = open(target)?;
+            work(&runtime.container(&target.id)?)?;
+            Ok(Answer::default())
+        });
+        Ok(done.await?.map(|_| ()))
+    }
+}
+
+#[async_trait]
+impl OciRuntime for BuiltinRuntime {
+    async fn create(&self, create: Create) -> Result<Running> {
+        let target = &self.target;
+        let keyring = self.keyring();
+        let window = self.reaper.window();
+        let answer = worker::call(&self.reaper, move || {
+            let spec = Spec::load(&target.bundle)?;
+            let root_mode = if target.options.no_pivot_root {
+                RootMode::NoPivot
+            } else {
+                RootMode::Pivot
+            };
+            let request = CreateRequest {
+                stdio: streams(create.stdio, spec.process.as_ref()),
+                parentage: Parentage::Sibling,
+                keyring,
+                root_mode,
+                ..CreateRequest::new(&target.id, &target.bundle, &spec)
+            };
+            Ok(made(open(target)?.create(&request)?))
+        })
+        .await?
+        .map_err(|failure| failed("OCI runtime create failed", failure))?;
+        let pid_file = self.target.bundle.join("init.pid");
+        std::fs::write(&pid_file, answer.pid.to_string()).map_err(Error::io("write", &pid_file))?;
+        Ok(Running {
+            pid: answer.pid,
+            exit: window.claim(answer.pid),
+            terminal: answer.terminal,
+        })
+    }
+
+    async fn start(&self) -> Result<()> {
+        self.on_container("OCI runtime start failed", |container| {
+            Ok(container.start()?)
+        })
+        .await
+    }
+
+    async fn exec(&self, exec: Exec) -> Result<Running> {
+        let target = &self.target;
+        let window = self.reaper.window();
+        let answer = worker::call(&self.reaper, move || {
+            let process: Process =
+                serde_json::from_slice(&exec.spec).map_err(malformed("process"))?;
+            let request = ExecRequest {
+                stdio: streams(exec.stdio, Some(&process)),
+                parentage: Parentage::Sibling,
+                ..ExecRequest::new(&process)
+            };
+            let runtime = open(target)?;
+            Ok(made(runtime.container(&target.id)?.exec(&request)?))
+        })
+        .await?
+        .map_err(|failure| failed("OCI runtime exec failed", failure))?;
+        Ok(Running {
+            pid: answer.pid,
+            exit: window.claim(answer.pid),
+            terminal: answer.terminal,
+        })
+    }
+
+    async fn kill(&self, signal: u32, all: bool) -> Result<()> {
+        let scope = if all { KillScope::All } else { KillScope::Init };
+        let signal = i32::try_from(signal)
+            .map_err(|_| Error::InvalidArgument(format!("unknown signal {signal}")))?;
+        let kill = || {
+            open(&self.target)?
+                .container(&self.target.id)?
+                .kill(signal, scope)
+        };
+        kill().map_err(|error| match error {
+            lighter_oci::Error::NotRunning => Refusal::Finished.into(),
+            lighter_oci::Error::NotFound { .. } => Error::NotFound("no such container".to_owned()),
+            lighter_oci::Error::Spec(text) => Error::InvalidArgument(text),
+            other => Error::Runtime(format!("unknown error after kill: {other}")),
+        })
+    }
+
+    async fn delete(&self, force: bool) -> Result<()> {
+        let deletion = if force {
+            Deletion::Forced
+        } else {
+            Deletion::Stopped
+        };
+        match self
+            .on_container_raw(move |container| Ok(container.delete(deletion)?))
+            .await?
+        {
+            Ok(())
+            | Err(Failure {
+                fault: Fault::NotFound,
+                ..
+            }) => Ok(()),
+            Err(failure) => Err(failed("OCI runtime delete failed", failure)),
+        }
+    }
+
+    async fn pause(&self) -> Result<()> {
+        self.on_container("OCI runtime pause failed", |container| {
+            Ok(container.pause()?)
+        })
+        .await
+    }
+
+    async fn resume(&self) -> Result<()> {
+        self.on_container("OCI runtime resume failed", |container| {
+            Ok(container.resume()?)
+        })
+        .await
+    }
+
+    async fn pids(&self) -> Result<Vec<u32>> {
+        let list = || open(&self.target)?.container(&self.target.id)?.processes();
+        let pids =
+            list().map_err(|error| Error::Runtime(format!("OCI runtime ps failed: {error}")))?;
+        Ok(pids
+            .into_iter()
+            .filter_map(|pid| u32::try_from(pid).ok())
+            .collect())
+    }
+
+    async fn update(&self, resources: Vec<u8>) -> Result<()> {
+        self.on_container("OCI runtime update failed", move |container| {
+            let resources: Resources =
+                serde_json::from_slice(&resources).map_err(malformed("resources"))?;
+            Ok(container.update(&resources)?)
+        })
+        .await
+    }
+
+    async fn checkpoint(&self, _path: PathBuf, _options: CheckpointOptions) -> Result<()> {
+        Err(Error::Unsupported(
+            "the built-in runtime writes no checkpoints: run the container with binary_name \"runc\""
+                .to_owned(),
+        ))
+    }
+
+    async fn restore(&self, _restore: Restore) -> Result<Running> {
+        Err(Error::Unsupported(
+            "the built-in runtime restores no checkpoints: use binary_name \"runc\"".to_owned(),
+        ))
+    }
+}
