@@ -4,8 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use lighter_engine::runtime::{self, Launcher, LogLevel, Manager};
+use lighter_proto::any;
 use lighter_proto::containerd::services::introspection::v1::introspection_server::IntrospectionServer;
+use lighter_proto::containerd::services::tasks::v1::tasks_server::TasksServer;
 use lighter_proto::containerd::services::version::v1::version_server::VersionServer;
+use lighter_proto::containerd::types::RuntimeRequest;
+use lighter_proto::errdefs::{Classify as _, WireError, render};
+use lighter_store::metadata::Db;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
@@ -13,8 +19,10 @@ use tracing::{info, warn};
 
 use crate::config::{Config, Socket};
 use crate::plugin::builtins;
-use crate::server::{debug, grpc, http, listen, metrics::Metrics, observe::InFlight};
+use crate::server::{debug, grpc, http, listen, metrics::Metrics, observe::InFlight, ttrpc};
+use crate::services::tasks::TasksService;
 use crate::services::{introspection, version};
+use crate::stores::{self, Stores};
 use crate::{shutdown, sys, telemetry};
 
 /// Threads that poll: RPCs are short and the work is done elsewhere.
@@ -73,20 +81,23 @@ struct App {
     tracker: TaskTracker,
     report: Arc<debug::Report>,
     signals: shutdown::Signals,
+    tasks: Manager,
+    shims: ::ttrpc::asynchronous::Server,
+    db: Db,
 }
 
-struct NoRuntimes;
+/// Asks shims through the task manager.
+struct Runtimes(Manager);
 
 #[tonic::async_trait]
-impl introspection::RuntimeInfo for NoRuntimes {
-    async fn info(
-        &self,
-        _request: lighter_proto::containerd::types::RuntimeRequest,
-    ) -> Result<prost_types::Any, lighter_proto::errdefs::WireError> {
-        Err(lighter_proto::errdefs::WireError::new(
-            lighter_proto::errdefs::ErrorKind::Unavailable,
-            "runtimes are not loaded",
-        ))
+impl introspection::RuntimeInfo for Runtimes {
+    async fn info(&self, request: RuntimeRequest) -> Result<prost_types::Any, WireError> {
+        let info = self
+            .0
+            .info(&request.runtime_path, request.options.as_ref())
+            .await
+            .map_err(|error| WireError::new(error.kind(), render(&error)))?;
+        Ok(any::pack(&info))
     }
 }
 
@@ -96,10 +107,19 @@ impl App {
         let tracker = TaskTracker::new();
         let signals = shutdown::signals()?;
 
+        // Stores.
+        let Stores { db, plugins, .. } = {
+            let config = config.clone();
+            tokio::task::spawn_blocking(move || stores::open(&config)).await??
+        };
+
+        // Engines.
+        let tasks = Manager::new(runtime_config(&config, db.clone())?);
+
         // Edges.
         let metrics = Metrics::new(config.grpc_histogram);
         let in_flight = Arc::new(InFlight::default());
-        let graph = builtins::graph(&config, Vec::new());
+        let graph = builtins::graph(&config, plugins);
         let missing = graph.missing(&config.required);
         anyhow::ensure!(
             missing.is_empty(),
@@ -111,19 +131,34 @@ impl App {
             graph,
             uuid,
             &config.warnings,
-            Arc::new(NoRuntimes),
+            Arc::new(Runtimes(tasks.clone())),
         );
+        let (receive, send) = (config.limits.receive_bytes, config.limits.send_bytes);
+        macro_rules! limited {
+            ($server:ident, $service:expr) => {
+                $server::new($service)
+                    .max_decoding_message_size(receive)
+                    .max_encoding_message_size(send)
+            };
+        }
         let (health, health_server) = tonic_health::server::health_reporter();
         health
             .set_service_status("", tonic_health::ServingStatus::Serving)
             .await;
         let routes = Routes::new(health_server)
             .add_service(VersionServer::new(version::VersionService))
-            .add_service(IntrospectionServer::new(introspection));
+            .add_service(IntrospectionServer::new(introspection))
+            .add_service(limited!(
+                TasksServer,
+                TasksService::new(tasks.clone(), db.containers())
+            ));
 
         // Listeners: all bound before any is served.
-        let report = Arc::new(debug::Report::new(Arc::clone(&in_flight), Vec::new()));
+        let report = Arc::new(debug::Report::new(Arc::clone(&in_flight), sections(&tasks)));
         let unix = listen::unix(&config.grpc).await?;
+        let events = listen::unix(&config.ttrpc).await?;
+        tasks.recover();
+        let shims = ttrpc::serve(events, tasks.clone()).await?;
         if let Some(tcp) = &config.tcp {
             let listener = listen::tcp(&tcp.address).await?;
             tracker.spawn(served(
@@ -160,10 +195,13 @@ impl App {
             tracker,
             report,
             signals,
+            tasks,
+            shims,
+            db,
         })
     }
 
-    async fn run(self) -> anyhow::Result<()> {
+    async fn run(mut self) -> anyhow::Result<()> {
         info!(address = %self.config.grpc.address.display(), version = crate::VERSION, "serving");
         notify(&[sd_notify::NotifyState::Ready]);
         let report = Arc::clone(&self.report);
@@ -179,6 +217,15 @@ impl App {
         {
             warn!(limit = ?DRAIN_LIMIT, "requests were still in flight");
         }
+        // Shims repeat what is not taken here to the daemon that comes next.
+        self.shims.disconnect().await;
+        let finish = async {
+            self.tasks.stop().await;
+            self.db.close().await;
+        };
+        if tokio::time::timeout(DRAIN_LIMIT, finish).await.is_err() {
+            warn!(limit = ?DRAIN_LIMIT, "tasks were still being made or removed");
+        }
         for socket in [&self.config.grpc, &self.config.ttrpc] {
             let _gone = std::fs::remove_file(&socket.address);
         }
@@ -188,6 +235,66 @@ impl App {
         info!("stopped; containers go on");
         Ok(())
     }
+}
+
+/// What the task manager is made of.
+fn runtime_config(config: &Config, db: Db) -> anyhow::Result<runtime::Config> {
+    let binary = std::env::current_exe().context("find our own binary")?;
+    let level = match config.log_level.as_str() {
+        "trace" => LogLevel::Trace,
+        "debug" => LogLevel::Debug,
+        "warn" => LogLevel::Warn,
+        "error" => LogLevel::Error,
+        _ => LogLevel::Info,
+    };
+    let timeouts = config.timeouts;
+    Ok(runtime::Config {
+        root: config.root.clone(),
+        state: config.state.clone(),
+        launcher: Launcher::new(
+            crate::VERSION.to_owned(),
+            config.grpc.address.clone(),
+            config.ttrpc.address.clone(),
+            binary,
+            level,
+            config.plugins.shim_manager.env.clone(),
+        ),
+        timeouts: runtime::Timeouts {
+            shim_load: timeouts.shim_load,
+            shim_cleanup: timeouts.shim_cleanup,
+            shim_shutdown: timeouts.shim_shutdown,
+            task_state: timeouts.task_state,
+            shim_stats: timeouts.shim_stats,
+        },
+        db,
+    })
+}
+
+/// What the engines add to the report of everything that is going on.
+fn sections(tasks: &Manager) -> Vec<debug::Section> {
+    let (counted, stepped) = (tasks.clone(), tasks.clone());
+    vec![
+        debug::Section {
+            title: "namespaces with tasks",
+            lines: Box::new(move || {
+                let counts = counted.counts();
+                counts
+                    .iter()
+                    .map(|(n, count)| format!("{n}: {count}"))
+                    .collect()
+            }),
+        },
+        debug::Section {
+            title: "task operations under way",
+            lines: Box::new(move || {
+                let steps = stepped.steps().list();
+                let line = |(object, step, age): &(String, &str, Duration)| {
+                    format!("{:9.3}s  {object}  {step}", age.as_secs_f64())
+                };
+                steps.iter().map(line).collect()
+            }),
+        },
+    ]
 }
 
 /// A server that ends before it is told to is an operator's business.

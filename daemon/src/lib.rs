@@ -10,6 +10,7 @@ pub(crate) mod publish;
 pub(crate) mod server;
 pub mod services;
 pub(crate) mod shutdown;
+pub(crate) mod stores;
 pub(crate) mod sys;
 pub(crate) mod telemetry;
 

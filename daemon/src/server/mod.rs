@@ -6,3 +6,4 @@ pub(crate) mod http;
 pub(crate) mod listen;
 pub(crate) mod metrics;
 pub(crate) mod observe;
+pub(crate) mod ttrpc;

@@ -1,7 +1,6 @@
 //! The socket that shims publish their events on.
 
 use std::io;
-use std::sync::Arc;
 
 use futures::StreamExt as _;
 use lighter_engine::runtime::Manager;
@@ -21,12 +20,15 @@ const EVENTS: &str = "containerd.services.events.ttrpc.v1.Events";
 ///
 /// # Errors
 /// When the server does not start.
-pub(crate) async fn serve(listener: UnixListener, tasks: Arc<Manager>) -> Result<Server, ttrpc::Error> {
+pub(crate) async fn serve(listener: UnixListener, tasks: Manager) -> Result<Server, ttrpc::Error> {
     let forward = unary(move |_context, request: ForwardRequest| {
-        let tasks = Arc::clone(&tasks);
+        let tasks = tasks.clone();
         async move {
             let envelope = request.envelope.ok_or_else(|| {
-                into_ttrpc(WireError::new(ErrorKind::InvalidArgument, "envelope is missing"))
+                into_ttrpc(WireError::new(
+                    ErrorKind::InvalidArgument,
+                    "envelope is missing",
+                ))
             })?;
             // An event changes what we say about its task before anybody hears of it.
             tasks.forward(envelope).await.map_err(into_ttrpc)
@@ -44,7 +46,10 @@ pub(crate) async fn serve(listener: UnixListener, tasks: Arc<Manager>) -> Result
 fn own_user(
     listener: UnixListener,
 ) -> impl futures::Stream<Item = io::Result<tokio::net::UnixStream>> + Send + 'static {
-    let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+    let (uid, gid) = (
+        nix::unistd::geteuid().as_raw(),
+        nix::unistd::getegid().as_raw(),
+    );
     UnixListenerStream::new(listener).filter_map(move |accepted| async move {
         let stream = match accepted {
             Ok(stream) => stream,
@@ -57,7 +62,11 @@ fn own_user(
         match stream.peer_cred() {
             Ok(peer) if peer.uid() == uid && peer.gid() == gid => Some(Ok(stream)),
             Ok(peer) => {
-                warn!(uid = peer.uid(), gid = peer.gid(), "refused a ttrpc client of another user");
+                warn!(
+                    uid = peer.uid(),
+                    gid = peer.gid(),
+                    "refused a ttrpc client of another user"
+                );
                 None
             }
             Err(error) => {

@@ -2,4 +2,5 @@
 
 pub(crate) mod introspection;
 pub mod scope;
+pub(crate) mod tasks;
 pub(crate) mod version;

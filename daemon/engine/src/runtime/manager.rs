@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use lighter_proto::containerd::task::v3 as wire;
-use lighter_proto::containerd::types::Envelope;
+use lighter_proto::containerd::types::{Descriptor, Envelope};
 use lighter_proto::errdefs::WireError;
 use lighter_snapshotter::Mount;
 use lighter_store::events::Exchange;
@@ -79,8 +79,8 @@ pub struct CreateTask {
     pub rootfs: Vec<Mount>,
     /// Where the first process reads and writes.
     pub stdio: Stdio,
-    /// Directory of a checkpoint to restore; empty for none.
-    pub checkpoint: String,
+    /// Checkpoint to restore.
+    pub checkpoint: Option<Descriptor>,
     /// Sandbox the container belongs to; empty for none.
     pub sandbox_id: String,
     /// Task service to use in place of a shim of its own: `<protocol>+<address>` and version.
@@ -441,7 +441,13 @@ async fn create(shared: &Arc<Shared>, bundle: &Bundle, task: CreateTask) -> Resu
     };
     step.at("Task.Create");
     let stdio = task.stdio.clone();
-    match make(&launched.connection, &bundle, task).await {
+    let made = match super::checkpoint::restore_path(shared, &bundle, &task).await {
+        Ok(checkpoint) => make(&launched.connection, &bundle, task, checkpoint)
+            .await
+            .map_err(Error::Create),
+        Err(error) => Err(error),
+    };
+    match made {
         Ok(pid) => {
             // The shim may have turned out to speak an older version than it said.
             let bootstrap = launched.connection.bootstrap();
@@ -461,7 +467,7 @@ async fn create(shared: &Arc<Shared>, bundle: &Bundle, task: CreateTask) -> Resu
         Err(error) => {
             step.at("undo");
             undo_shim(shared, &bundle, &launched).await;
-            Err(Error::Create(error))
+            Err(error)
         }
     }
 }
@@ -568,6 +574,7 @@ async fn make(
     connection: &Connection,
     bundle: &Bundle,
     task: CreateTask,
+    checkpoint: String,
 ) -> Result<u32, WireError> {
     let request = wire::CreateTaskRequest {
         id: bundle.id.clone(),
@@ -577,7 +584,7 @@ async fn make(
         stdin: task.stdio.stdin,
         stdout: task.stdio.stdout,
         stderr: task.stdio.stderr,
-        checkpoint: task.checkpoint,
+        checkpoint,
         parent_checkpoint: String::new(),
         options: task.options,
     };

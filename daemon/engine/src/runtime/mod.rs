@@ -23,6 +23,7 @@
 mod actor;
 mod bootstrap;
 mod bundle;
+mod checkpoint;
 mod connection;
 mod error;
 mod forward;

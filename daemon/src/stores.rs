@@ -1,0 +1,148 @@
+//! The durable part: database, blobs, snapshotters, records.
+//!
+//! | below the root | what |
+//! |---|---|
+//! | `io.containerd.metadata.v1.sled/` | the database |
+//! | `io.containerd.content.v1.content/` | blobs and ingests, in containerd's layout |
+//! | `io.containerd.snapshotter.v1.<id>/` | snapshots of each driver |
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use lighter_proto::errdefs::{ErrorKind, WireError, render};
+use lighter_snapshotter::{Native, Overlayfs, OverlayfsConfig, Proxy, Snapshotter};
+use lighter_store::content::Local;
+use lighter_store::events::Exchange;
+use lighter_store::metadata::{Db, SharingPolicy};
+use tracing::warn;
+
+use crate::config::Config;
+use crate::plugin::Plugin;
+use crate::plugin::builtins::{kind, skipped};
+
+/// Directory of the database below the root.
+const DATABASE: &str = "io.containerd.metadata.v1.sled";
+
+/// Opened stores, and the snapshotters as plugins, failed ones included.
+pub(crate) struct Stores {
+    /// The database under everything.
+    pub(crate) kv: lighter_kv::Db,
+    /// Records.
+    pub(crate) db: Db,
+    /// Snapshotters for introspection.
+    pub(crate) plugins: Vec<Plugin>,
+}
+
+/// Opens everything durable. Blocks.
+///
+/// # Errors
+/// When the database or the content cannot be opened; a snapshotter that cannot is left out.
+pub(crate) fn open(config: &Config) -> anyhow::Result<Stores> {
+    let path = config.root.join(DATABASE);
+    let kv = lighter_kv::Db::open(&path, &lighter_kv::Options::default())
+        .with_context(|| format!("open the database in {}", path.display()))?;
+    let content = config.root.join(format!("{}.content", kind::CONTENT));
+    let content = Local::open(&content)
+        .with_context(|| format!("open the content in {}", content.display()))?;
+    let mut snapshotters = BTreeMap::new();
+    let mut plugins = Vec::new();
+    for (id, opened) in drivers(config, &kv) {
+        let plugin = Plugin::new(kind::SNAPSHOTTER, &id).on_platform();
+        match opened {
+            Ok(snapshotter) => {
+                let mut plugin = plugin.capabilities(snapshotter.capabilities());
+                if let Some(root) = snapshotter.root() {
+                    plugin = plugin.export("root", root.display().to_string());
+                }
+                plugins.push(plugin);
+                snapshotters.insert(id, snapshotter);
+            }
+            Err(error) => {
+                warn!(snapshotter = %id, %error, "snapshotter left out");
+                plugins.push(plugin.failed(error));
+            }
+        }
+    }
+    let policy = match config.plugins.metadata.content_sharing_policy.as_str() {
+        "" | "shared" => SharingPolicy::Shared,
+        "isolated" => SharingPolicy::Isolated,
+        other => anyhow::bail!(
+            "plugins.'io.containerd.metadata.v1.bolt'.content_sharing_policy: {other:?} is neither shared nor isolated"
+        ),
+    };
+    let db = Db::open(
+        kv.clone(),
+        Arc::new(content),
+        snapshotters,
+        Exchange::new(),
+        policy,
+    )
+    .context("open the records")?;
+    Ok(Stores { kv, db, plugins })
+}
+
+type Opened = Result<Arc<dyn Snapshotter>, WireError>;
+
+/// Every snapshotter that is configured, whether it could be opened or not.
+fn drivers(config: &Config, kv: &lighter_kv::Db) -> Vec<(String, Opened)> {
+    let mut drivers = Vec::new();
+    for id in ["overlayfs", "native"] {
+        let uri = format!("{}.{id}", kind::SNAPSHOTTER);
+        let opened = if config.disabled(&uri) {
+            Err(skipped(&uri))
+        } else {
+            builtin(config, kv, id)
+        };
+        drivers.push((id.to_owned(), opened));
+    }
+    for (name, proxy) in config.proxies.iter().filter(|(_, p)| p.kind == "snapshot") {
+        let opened = Proxy::connect(&proxy.address, name)
+            .map(|driver| {
+                let root = proxy.exports.get("root").map(PathBuf::from);
+                Arc::new(driver.described(proxy.capabilities.clone(), root)) as Arc<dyn Snapshotter>
+            })
+            .map_err(failed);
+        drivers.push((name.clone(), opened));
+    }
+    drivers
+}
+
+fn builtin(config: &Config, kv: &lighter_kv::Db, id: &str) -> Opened {
+    let root = |configured: &str| {
+        if configured.is_empty() {
+            config.root.join(format!("{}.{id}", kind::SNAPSHOTTER))
+        } else {
+            Path::new(configured).to_owned()
+        }
+    };
+    let prefix = format!("snapshotter/{id}/");
+    if id == "native" {
+        let root = root(&config.plugins.native.root_path);
+        let driver = Native::open(kv.clone(), prefix.as_bytes(), &root).map_err(failed)?;
+        return Ok(Arc::new(driver));
+    }
+    let overlay = &config.plugins.overlayfs;
+    let driver = Overlayfs::open(
+        kv.clone(),
+        prefix.as_bytes(),
+        OverlayfsConfig {
+            root: root(&overlay.root_path),
+            upperdir_label: overlay.upperdir_label,
+            sync_remove: overlay.sync_remove,
+            slow_chown: overlay.slow_chown,
+            mount_options: overlay.mount_options.clone(),
+        },
+    )
+    .map_err(failed)?;
+    Ok(Arc::new(driver))
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "used as `map_err(failed)`")]
+fn failed(error: lighter_snapshotter::Error) -> WireError {
+    WireError::new(
+        ErrorKind::Unknown,
+        format!("{}: skip plugin", render(&error)),
+    )
+}
