@@ -1,9 +1,11 @@
 //! The CRI plugin: what a kubelet needs, on top of the engine.
 //!
-//! The leaf modules need no engine: configuration ([`config`]), pod networks ([`cni`], [`netns`]).
+//! The leaf modules need no engine: configuration ([`config`]), pod networks ([`cni`], [`netns`]),
+//! the server of exec, attach and port-forward ([`streaming`]).
 
 pub mod cni;
 pub mod config;
 pub mod netns;
+pub mod streaming;
 
 mod sys;

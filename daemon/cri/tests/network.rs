@@ -129,22 +129,24 @@ async fn ask(from: &Path, address: String) -> String {
     .unwrap()
 }
 
+/// A network namespace that the host reaches as 192.0.2.2, through its own 192.0.2.1.
+async fn world(dir: &Path) -> PathBuf {
+    let world = netns::create(&dir.join("netns"), None).await.unwrap();
+    let path = world.display();
+    run("ip link add up0 type veth peer name world0");
+    run(&format!("ip link set world0 netns {path}"));
+    run("ip addr add 192.0.2.1/24 dev up0 && ip link set up0 up");
+    run(&format!(
+        "nsenter --net={path} sh -c 'ip addr add 192.0.2.2/24 dev world0 && ip link set world0 up'"
+    ));
+    world
+}
+
 #[test]
 fn pods_reach_each_other_and_the_world_and_leave_nothing() {
     on_a_host(async |dir| {
         run("sysctl -qw net.ipv4.ip_forward=1; iptables -w -L -n >/dev/null");
-        let world = netns::create(&dir.join("netns"), None).await.unwrap();
-        run("ip link add up0 type veth peer name world0");
-        run(&format!(
-            "nsenter --net={} true && ip link set world0 netns {}",
-            world.display(),
-            world.display()
-        ));
-        run("ip addr add 192.0.2.1/24 dev up0 && ip link set up0 up");
-        run(&format!(
-            "nsenter --net={} sh -c 'ip addr add 192.0.2.2/24 dev world0 && ip link set world0 up'",
-            world.display()
-        ));
+        let world = world(dir).await;
         let cni = cni(dir).await;
         let pods = [
             netns::create(&dir.join("netns"), None).await.unwrap(),
