@@ -166,9 +166,10 @@ proptest! {
                         prop_assert_eq!(process.phase, Phase::Stopped);
                         prop_assert_eq!(process.exit, Some(exit));
                         if who.is_none() {
-                            prop_assert!(container.execs().all(|(_, exec)| {
-                                matches!(exec.phase, Phase::Created | Phase::Stopped)
-                            }));
+                            let idle = container
+                                .execs()
+                                .all(|(_, exec)| matches!(exec.phase, Phase::Created | Phase::Stopped));
+                            prop_assert!(idle);
                         }
                         prop_assert!(seen.exited.insert(who), "exited twice");
                     }
