@@ -38,7 +38,10 @@ pub(crate) fn can_run() -> bool {
 }
 
 fn busybox() -> Option<PathBuf> {
-    ["/usr/bin/busybox", "/bin/busybox"].iter().map(PathBuf::from).find(|path| path.exists())
+    ["/usr/bin/busybox", "/bin/busybox"]
+        .iter()
+        .map(PathBuf::from)
+        .find(|path| path.exists())
 }
 
 /// Waits until `condition` gives something.
@@ -65,11 +68,22 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// A daemon whose containers are run by `runtime` (empty: the built-in one).
     pub(crate) async fn new(runtime: &str) -> Self {
-        let dir = tempfile::Builder::new().prefix("shim.").tempdir_in("/tmp").unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("shim.")
+            .tempdir_in("/tmp")
+            .unwrap();
         let root = dir.path().join("runc").display().to_string();
-        let options =
-            Options { binary_name: runtime.to_owned(), root, ..Options::default() };
-        let mut daemon = Self { dir, events: Arc::default(), server: None, options };
+        let options = Options {
+            binary_name: runtime.to_owned(),
+            root,
+            ..Options::default()
+        };
+        let mut daemon = Self {
+            dir,
+            events: Arc::default(),
+            server: None,
+            options,
+        };
         daemon.listen().await;
         daemon
     }
@@ -109,15 +123,26 @@ impl Daemon {
         self.dir.path().join("b").join(id)
     }
 
+    /// Name of a container's cgroup; tests that run at the same time use the same ids.
+    pub(crate) fn cgroup(&self, id: &str) -> String {
+        let unique = self.dir.path().file_name().unwrap().to_str().unwrap();
+        format!("/{unique}-{id}")
+    }
+
     /// A bundle with a busybox root file system whose init runs `args`.
-    pub(crate) fn make_bundle(&self, id: &str, args: &[&str], change: impl FnOnce(&mut serde_json::Value)) {
+    pub(crate) fn make_bundle(
+        &self,
+        id: &str,
+        args: &[&str],
+        change: impl FnOnce(&mut serde_json::Value),
+    ) {
         let bundle = self.bundle(id);
         let rootfs = bundle.join("rootfs");
         for dir in ["bin", "proc", "dev", "sys", "tmp"] {
             std::fs::create_dir_all(rootfs.join(dir)).unwrap();
         }
         std::fs::copy(busybox().unwrap(), rootfs.join("bin/busybox")).unwrap();
-        let mut spec = spec(id, args);
+        let mut spec = spec(&self.cgroup(id), args);
         change(&mut spec);
         std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
     }
@@ -156,6 +181,7 @@ impl Daemon {
             bundle: self.bundle(id),
             options: self.options.clone(),
             socket: PathBuf::from(address.strip_prefix("unix://").unwrap()),
+            cgroup: self.cgroup(id),
             pid: 0,
         };
         shim.pid = shim.connect_rpc().await.shim_pid;
@@ -171,7 +197,11 @@ impl Daemon {
             let any = envelope.event.as_ref().unwrap();
             let (container, process) = names(&any.type_url, &any.value);
             if container == id {
-                lines.push(format!("{} {process}", envelope.topic).trim_end().to_owned());
+                lines.push(
+                    format!("{} {process}", envelope.topic)
+                        .trim_end()
+                        .to_owned(),
+                );
             }
         }
         lines
@@ -179,9 +209,10 @@ impl Daemon {
 
     /// Waits for an event line of a container.
     pub(crate) async fn wait_event(&self, id: &str, line: &str) {
-        eventually(&format!("event {line} of {id}, seen {:?}", self.seen(id)), || {
-            self.seen(id).iter().any(|seen| seen == line).then_some(())
-        })
+        eventually(
+            &format!("event {line} of {id}, seen {:?}", self.seen(id)),
+            || self.seen(id).iter().any(|seen| seen == line).then_some(()),
+        )
         .await;
     }
 }
@@ -216,8 +247,7 @@ pub(crate) fn run(command: &mut Command) -> Output {
     command.output().unwrap()
 }
 
-fn spec(id: &str, args: &[&str]) -> serde_json::Value {
-    let cgroup = format!("/shimtest-{}-{id}", std::process::id());
+fn spec(cgroup: &str, args: &[&str]) -> serde_json::Value {
     serde_json::json!({
         "ociVersion": "1.0.2",
         "process": process(args),
@@ -252,6 +282,7 @@ pub(crate) struct Shim {
     pub(crate) bundle: PathBuf,
     pub(crate) options: Options,
     pub(crate) socket: PathBuf,
+    pub(crate) cgroup: String,
     pub(crate) pid: u32,
 }
 
@@ -261,7 +292,8 @@ impl Shim {
         method: &str,
         request: &Req,
     ) -> Result<Res, WireError> {
-        self.call_service("containerd.task.v3.Task", method, request).await
+        self.call_service("containerd.task.v3.Task", method, request)
+            .await
     }
 
     pub(crate) async fn call_service<Req: Message, Res: Message + Default>(
@@ -270,11 +302,21 @@ impl Shim {
         method: &str,
         request: &Req,
     ) -> Result<Res, WireError> {
-        call(&self.client, service, method, NAMESPACE, request, Some(PATIENCE)).await
+        call(
+            &self.client,
+            service,
+            method,
+            NAMESPACE,
+            request,
+            Some(PATIENCE),
+        )
+        .await
     }
 
     pub(crate) async fn connect_rpc(&self) -> api::ConnectResponse {
-        let request = api::ConnectRequest { id: self.id.clone() };
+        let request = api::ConnectRequest {
+            id: self.id.clone(),
+        };
         self.call("Connect", &request).await.unwrap()
     }
 
@@ -294,7 +336,10 @@ impl Shim {
     }
 
     pub(crate) async fn start(&self, exec_id: &str) -> Result<u32, WireError> {
-        let request = api::StartRequest { id: self.id.clone(), exec_id: exec_id.to_owned() };
+        let request = api::StartRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+        };
         let response: api::StartResponse = self.call("Start", &request).await?;
         Ok(response.pid)
     }
@@ -306,7 +351,10 @@ impl Shim {
     }
 
     pub(crate) async fn wait(&self, exec_id: &str) -> u32 {
-        let request = api::WaitRequest { id: self.id.clone(), exec_id: exec_id.to_owned() };
+        let request = api::WaitRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+        };
         let response: api::WaitResponse = self.call("Wait", &request).await.unwrap();
         assert!(response.exited_at.is_some());
         response.exit_status
@@ -334,17 +382,26 @@ impl Shim {
     }
 
     pub(crate) async fn state(&self, exec_id: &str) -> Result<api::StateResponse, WireError> {
-        let request = api::StateRequest { id: self.id.clone(), exec_id: exec_id.to_owned() };
+        let request = api::StateRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+        };
         self.call("State", &request).await
     }
 
     pub(crate) async fn delete(&self, exec_id: &str) -> Result<api::DeleteResponse, WireError> {
-        let request = api::DeleteRequest { id: self.id.clone(), exec_id: exec_id.to_owned() };
+        let request = api::DeleteRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+        };
         self.call("Delete", &request).await
     }
 
     pub(crate) async fn shutdown(&self) {
-        let request = api::ShutdownRequest { id: self.id.clone(), now: false };
+        let request = api::ShutdownRequest {
+            id: self.id.clone(),
+            now: false,
+        };
         let _: () = self.call("Shutdown", &request).await.unwrap();
     }
 
@@ -363,34 +420,60 @@ impl Shim {
     pub(crate) async fn is_gone(&self) {
         eventually("end of the shim", || (!alive(self.pid)).then_some(())).await;
         assert!(!self.socket.exists(), "the socket is left");
-        assert_nothing_left(&self.id);
+        assert_nothing_left(&self.cgroup, &self.bundle);
     }
 }
 
 /// Whether a process exists and is no zombie.
 pub(crate) fn alive(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or("").trim_start().starts_with('Z'))
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
+        !stat
+            .rsplit(')')
+            .next()
+            .unwrap_or("")
+            .trim_start()
+            .starts_with('Z')
+    })
 }
 
 /// No mount and no cgroup of a container is left.
-pub(crate) fn assert_nothing_left(id: &str) {
-    let cgroup = format!("shimtest-{}-{id}", std::process::id());
-    for base in ["/sys/fs/cgroup", "/sys/fs/cgroup/memory", "/sys/fs/cgroup/pids"] {
-        assert!(!Path::new(base).join(&cgroup).exists(), "cgroup {base}/{cgroup} is left");
+pub(crate) fn assert_nothing_left(cgroup: &str, bundle: &Path) {
+    let below = cgroup.trim_start_matches('/');
+    for base in [
+        "/sys/fs/cgroup",
+        "/sys/fs/cgroup/memory",
+        "/sys/fs/cgroup/pids",
+    ] {
+        assert!(
+            !Path::new(base).join(below).exists(),
+            "cgroup {base}{cgroup} is left"
+        );
     }
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(
+        !mounts.contains(&bundle.display().to_string()),
+        "a mount is left"
+    );
 }
 
 /// A fifo, opened for reading without blocking.
 pub(crate) fn fifo(path: &Path) -> std::fs::File {
     nix::unistd::mkfifo(path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
-    std::fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).unwrap()
+    std::fs::File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .unwrap()
 }
 
 /// Reads a fifo to its end, in a thread of its own; its descriptor is made blocking.
 pub(crate) fn drain(file: std::fs::File) -> std::thread::JoinHandle<Vec<u8>> {
     let fd: OwnedFd = file.into();
-    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).unwrap();
+    nix::fcntl::fcntl(
+        &fd,
+        nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()),
+    )
+    .unwrap();
     std::thread::spawn(move || {
         // Nobody writes yet: a blocking read would see the end at once.
         let mut polled = libc_poll(&fd);
@@ -405,8 +488,15 @@ pub(crate) fn drain(file: std::fs::File) -> std::thread::JoinHandle<Vec<u8>> {
 
 fn libc_poll(fd: &OwnedFd) -> usize {
     let mut polled = [rustix::event::PollFd::new(fd, rustix::event::PollFlags::IN)];
-    let limit = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
+    let limit = rustix::event::Timespec {
+        tv_sec: 20,
+        tv_nsec: 0,
+    };
     let ready = rustix::event::poll(&mut polled, Some(&limit)).unwrap();
-    assert!(ready > 0, "nothing was written to descriptor {}", fd.as_raw_fd());
+    assert!(
+        ready > 0,
+        "nothing was written to descriptor {}",
+        fd.as_raw_fd()
+    );
     ready
 }

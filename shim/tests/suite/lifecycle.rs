@@ -33,11 +33,16 @@ for_each_runtime!(
 
 async fn a_container_runs_and_leaves_nothing(runtime: &str) {
     let daemon = Daemon::new(runtime).await;
-    let shim = daemon.shim("run", &["/bin/busybox", "sh", "-c", "exit 7"]).await;
+    let shim = daemon
+        .shim("run", &["/bin/busybox", "sh", "-c", "exit 7"])
+        .await;
     shim.run().await;
     assert_eq!(shim.wait("").await, 7);
     let state = shim.state("").await.unwrap();
-    assert_eq!((state.status, state.exit_status), (i32::from(Status::Stopped), 7));
+    assert_eq!(
+        (state.status, state.exit_status),
+        (i32::from(Status::Stopped), 7)
+    );
     let deleted = shim.delete("").await.unwrap();
     assert_eq!((deleted.exit_status, deleted.pid), (7, state.pid));
     assert_eq!(shim.state("").await.unwrap_err().kind, ErrorKind::NotFound);
@@ -45,30 +50,59 @@ async fn a_container_runs_and_leaves_nothing(runtime: &str) {
     shim.is_gone().await;
     assert_eq!(
         daemon.seen("run"),
-        ["/tasks/create", "/tasks/start", "/tasks/exit run 7", "/tasks/delete"]
+        [
+            "/tasks/create",
+            "/tasks/start",
+            "/tasks/exit run 7",
+            "/tasks/delete"
+        ]
     );
 }
 
 async fn execs_run_beside_init(runtime: &str) {
     let daemon = Daemon::new(runtime).await;
-    let shim = daemon.shim("execs", &["/bin/busybox", "sleep", "1000"]).await;
+    let shim = daemon
+        .shim("execs", &["/bin/busybox", "sleep", "1000"])
+        .await;
     shim.run().await;
-    shim.add_exec("e1", &["/bin/busybox", "sh", "-c", "exit 3"]).await.unwrap();
+    shim.add_exec("e1", &["/bin/busybox", "sh", "-c", "exit 3"])
+        .await
+        .unwrap();
     let twice = shim.add_exec("e1", &["/bin/busybox"]).await.unwrap_err();
     assert_eq!(twice.kind, ErrorKind::AlreadyExists);
-    assert_eq!(shim.kill("e1", 9).await.unwrap_err().kind, ErrorKind::FailedPrecondition);
+    assert_eq!(
+        shim.kill("e1", 9).await.unwrap_err().kind,
+        ErrorKind::FailedPrecondition
+    );
     shim.start("e1").await.unwrap();
     assert_eq!(shim.wait("e1").await, 3);
-    assert_eq!(shim.kill("e1", 9).await.unwrap_err().kind, ErrorKind::NotFound);
+    assert_eq!(
+        shim.kill("e1", 9).await.unwrap_err().kind,
+        ErrorKind::NotFound
+    );
     assert_eq!(shim.delete("e1").await.unwrap().exit_status, 3);
-    assert_eq!(shim.state("e1").await.unwrap_err().kind, ErrorKind::NotFound);
+    assert_eq!(
+        shim.state("e1").await.unwrap_err().kind,
+        ErrorKind::NotFound
+    );
     shim.add_exec("e2", &["/bin/nope"]).await.unwrap();
     let error = shim.start("e2").await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::Unknown);
-    assert!(error.message.starts_with("OCI runtime exec failed: "), "{}", error.message);
-    assert!(error.message.contains("no such file or directory"), "{}", error.message);
+    assert!(
+        error.message.starts_with("OCI runtime exec failed: "),
+        "{}",
+        error.message
+    );
+    assert!(
+        error.message.contains("no such file or directory"),
+        "{}",
+        error.message
+    );
     shim.delete("e2").await.unwrap();
-    assert_eq!(shim.state("").await.unwrap().status, i32::from(Status::Running));
+    assert_eq!(
+        shim.state("").await.unwrap().status,
+        i32::from(Status::Running)
+    );
     shim.finish().await;
 }
 
@@ -77,8 +111,16 @@ async fn a_failed_create_leaves_and_tells_nothing(runtime: &str) {
     let shim = daemon.shim("bad", &["/bin/nope"]).await;
     let error = shim.create(&shim.request()).await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::Unknown);
-    assert!(error.message.starts_with("OCI runtime create failed: "), "{}", error.message);
-    assert!(error.message.contains("no such file or directory"), "{}", error.message);
+    assert!(
+        error.message.starts_with("OCI runtime create failed: "),
+        "{}",
+        error.message
+    );
+    assert!(
+        error.message.contains("no such file or directory"),
+        "{}",
+        error.message
+    );
     assert_eq!(shim.state("").await.unwrap_err().kind, ErrorKind::NotFound);
     // The same id can be used at once.
     daemon.make_bundle("bad", &["/bin/busybox", "true"], |_| {});
@@ -91,16 +133,24 @@ async fn a_failed_create_leaves_and_tells_nothing(runtime: &str) {
 
 async fn pause_stops_and_resume_goes_on(runtime: &str) {
     let daemon = Daemon::new(runtime).await;
-    let shim = daemon.shim("pause", &["/bin/busybox", "sleep", "1000"]).await;
+    let shim = daemon
+        .shim("pause", &["/bin/busybox", "sleep", "1000"])
+        .await;
     shim.run().await;
     let pause = api::PauseRequest { id: "pause".into() };
     let resume = api::ResumeRequest { id: "pause".into() };
     let _: () = shim.call("Pause", &pause).await.unwrap();
-    assert_eq!(shim.state("").await.unwrap().status, i32::from(Status::Paused));
+    assert_eq!(
+        shim.state("").await.unwrap().status,
+        i32::from(Status::Paused)
+    );
     let refused = shim.add_exec("e", &["/bin/busybox"]).await.unwrap_err();
     assert_eq!(refused.kind, ErrorKind::FailedPrecondition);
     let _: () = shim.call("Resume", &resume).await.unwrap();
-    assert_eq!(shim.state("").await.unwrap().status, i32::from(Status::Running));
+    assert_eq!(
+        shim.state("").await.unwrap().status,
+        i32::from(Status::Running)
+    );
     shim.finish().await;
     let seen = daemon.seen("pause");
     assert_eq!(seen[2..4], ["/tasks/paused", "/tasks/resumed"]);
@@ -108,16 +158,23 @@ async fn pause_stops_and_resume_goes_on(runtime: &str) {
 
 async fn metrics_and_pids_are_those_of_the_container(runtime: &str) {
     let daemon = Daemon::new(runtime).await;
-    let shim = daemon.shim("stats", &["/bin/busybox", "sleep", "1000"]).await;
+    let shim = daemon
+        .shim("stats", &["/bin/busybox", "sleep", "1000"])
+        .await;
     let pid = shim.run().await;
-    shim.add_exec("e", &["/bin/busybox", "sleep", "1000"]).await.unwrap();
+    shim.add_exec("e", &["/bin/busybox", "sleep", "1000"])
+        .await
+        .unwrap();
     let exec_pid = shim.start("e").await.unwrap();
     let request = api::PidsRequest { id: "stats".into() };
     let pids: api::PidsResponse = shim.call("Pids", &request).await.unwrap();
     assert_eq!(pids.processes.len(), 2);
-    let exec = pids.processes.iter().find(|process| process.pid == exec_pid).unwrap();
-    let details: ProcessDetails =
-        lighter_proto::any::unpack(exec.info.as_ref().unwrap()).unwrap();
+    let exec = pids
+        .processes
+        .iter()
+        .find(|process| process.pid == exec_pid)
+        .unwrap();
+    let details: ProcessDetails = lighter_proto::any::unpack(exec.info.as_ref().unwrap()).unwrap();
     assert_eq!(details.exec_id, "e");
     assert!(pids.processes.iter().any(|process| process.pid == pid));
     let request = api::StatsRequest { id: "stats".into() };
@@ -127,11 +184,19 @@ async fn metrics_and_pids_are_those_of_the_container(runtime: &str) {
         "io.containerd.cgroups.v1.Metrics" => {
             let metrics: v1::Metrics = lighter_proto::any::unpack(&any).unwrap();
             let usage = metrics.memory.unwrap().usage.unwrap().usage;
-            (metrics.pids.unwrap().current, usage, metrics.cpu.unwrap().usage.unwrap().total)
+            (
+                metrics.pids.unwrap().current,
+                usage,
+                metrics.cpu.unwrap().usage.unwrap().total,
+            )
         }
         _ => {
             let metrics: v2::Metrics = lighter_proto::any::unpack(&any).unwrap();
-            (metrics.pids.unwrap().current, metrics.memory.unwrap().usage, metrics.cpu.unwrap().usage_usec)
+            (
+                metrics.pids.unwrap().current,
+                metrics.memory.unwrap().usage,
+                metrics.cpu.unwrap().usage_usec,
+            )
         }
     };
     assert_eq!(processes, 2);
@@ -141,7 +206,9 @@ async fn metrics_and_pids_are_those_of_the_container(runtime: &str) {
 
 async fn limits_can_be_changed(runtime: &str) {
     let daemon = Daemon::new(runtime).await;
-    let shim = daemon.shim("update", &["/bin/busybox", "sleep", "1000"]).await;
+    let shim = daemon
+        .shim("update", &["/bin/busybox", "sleep", "1000"])
+        .await;
     shim.run().await;
     let resources = serde_json::json!({"pids": {"limit": 77}});
     let resources =
@@ -152,13 +219,23 @@ async fn limits_can_be_changed(runtime: &str) {
         ..api::UpdateTaskRequest::default()
     };
     let _: () = shim.call("Update", &request).await.unwrap();
-    let request = api::StatsRequest { id: "update".into() };
+    let request = api::StatsRequest {
+        id: "update".into(),
+    };
     let stats: api::StatsResponse = shim.call("Stats", &request).await.unwrap();
     let any = stats.stats.unwrap();
     let limit = if any.type_url.contains("v1") {
-        lighter_proto::any::unpack::<v1::Metrics>(&any).unwrap().pids.unwrap().limit
+        lighter_proto::any::unpack::<v1::Metrics>(&any)
+            .unwrap()
+            .pids
+            .unwrap()
+            .limit
     } else {
-        lighter_proto::any::unpack::<v2::Metrics>(&any).unwrap().pids.unwrap().limit
+        lighter_proto::any::unpack::<v2::Metrics>(&any)
+            .unwrap()
+            .pids
+            .unwrap()
+            .limit
     };
     assert_eq!(limit, 77);
     shim.finish().await;
@@ -171,19 +248,43 @@ async fn errors_have_their_code_and_text(runtime: &str) {
     assert_eq!(unknown.kind, ErrorKind::NotFound);
     assert_eq!(unknown.message, "container not created: not found");
     assert_eq!(shim.connect_rpc().await.task_pid, 0);
-    let escape = api::CreateTaskRequest { id: "../x".into(), ..shim.request() };
-    assert_eq!(shim.create(&escape).await.unwrap_err().kind, ErrorKind::InvalidArgument);
-    let stream = api::CreateTaskRequest { stdout: "npipe:///x".into(), ..shim.request() };
-    assert_eq!(shim.create(&stream).await.unwrap_err().kind, ErrorKind::InvalidArgument);
-    let fifo = api::CreateTaskRequest { stdout: "/no/such/fifo".into(), ..shim.request() };
-    assert!(shim.create(&fifo).await.unwrap_err().message.contains("/no/such/fifo"));
+    let escape = api::CreateTaskRequest {
+        id: "../x".into(),
+        ..shim.request()
+    };
+    assert_eq!(
+        shim.create(&escape).await.unwrap_err().kind,
+        ErrorKind::InvalidArgument
+    );
+    let stream = api::CreateTaskRequest {
+        stdout: "npipe:///x".into(),
+        ..shim.request()
+    };
+    assert_eq!(
+        shim.create(&stream).await.unwrap_err().kind,
+        ErrorKind::InvalidArgument
+    );
+    let fifo = api::CreateTaskRequest {
+        stdout: "/no/such/fifo".into(),
+        ..shim.request()
+    };
+    assert!(
+        shim.create(&fifo)
+            .await
+            .unwrap_err()
+            .message
+            .contains("/no/such/fifo")
+    );
     shim.run().await;
     let again = shim.create(&shim.request()).await.unwrap_err();
     assert_eq!(again.kind, ErrorKind::AlreadyExists);
     shim.wait("").await;
     let finished = shim.kill("", 15).await.unwrap_err();
     assert_eq!(finished.message, "process already finished: not found");
-    assert_eq!(shim.start("").await.unwrap_err().kind, ErrorKind::FailedPrecondition);
+    assert_eq!(
+        shim.start("").await.unwrap_err().kind,
+        ErrorKind::FailedPrecondition
+    );
     shim.finish().await;
 }
 
@@ -193,10 +294,18 @@ async fn a_running_container_keeps_its_shim() {
         return;
     }
     let daemon = Daemon::new("").await;
-    let shim = daemon.shim("keeps", &["/bin/busybox", "sleep", "1000"]).await;
+    let shim = daemon
+        .shim("keeps", &["/bin/busybox", "sleep", "1000"])
+        .await;
     shim.run().await;
-    assert_eq!(shim.delete("").await.unwrap_err().kind, ErrorKind::FailedPrecondition);
+    assert_eq!(
+        shim.delete("").await.unwrap_err().kind,
+        ErrorKind::FailedPrecondition
+    );
     shim.shutdown().await;
-    assert_eq!(shim.state("").await.unwrap().status, i32::from(Status::Running));
+    assert_eq!(
+        shim.state("").await.unwrap().status,
+        i32::from(Status::Running)
+    );
     shim.finish().await;
 }

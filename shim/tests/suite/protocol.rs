@@ -11,7 +11,9 @@ use lighter_proto::containerd::task::v3 as api;
 use lighter_proto::containerd::types::RuntimeInfo;
 use prost::Message as _;
 
-use crate::harness::{Daemon, NAMESPACE, alive, assert_nothing_left, binary, can_run, eventually, run};
+use crate::harness::{
+    Daemon, NAMESPACE, alive, assert_nothing_left, binary, can_run, eventually, run,
+};
 use crate::lifecycle::for_each_runtime;
 
 for_each_runtime!(a_dead_shim_is_cleaned_up_after);
@@ -67,7 +69,10 @@ async fn a_group_shares_one_shim() {
     }
     let address = daemon.start("pod");
     assert_eq!(daemon.start("member"), address);
-    assert_eq!(std::fs::read_to_string(daemon.bundle("member").join("address")).unwrap(), address);
+    assert_eq!(
+        std::fs::read_to_string(daemon.bundle("member").join("address")).unwrap(),
+        address
+    );
     let pod = daemon.connect("pod", &address).await;
     let member = daemon.connect("member", &address).await;
     assert_eq!(pod.pid, member.pid);
@@ -93,7 +98,9 @@ async fn a_warm_shim_takes_on_a_container() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mut command = Command::new("/bin/sh");
         let theirs = OwnedFd::from(theirs);
-        command.args(["-c", "exec \"$0\" warm 3<&0 0</dev/null", binary()]).stdin(theirs);
+        command
+            .args(["-c", "exec \"$0\" warm 3<&0 0</dev/null", binary()])
+            .stdin(theirs);
         (ours, command.process_group(0).spawn().unwrap())
     };
     let (mut pool, mut child) = spawn();
@@ -126,7 +133,9 @@ async fn a_warm_shim_takes_on_a_container() {
 
 async fn a_dead_shim_is_cleaned_up_after(runtime: &str) {
     let daemon = Daemon::new(runtime).await;
-    let shim = daemon.shim("dead", &["/bin/busybox", "sleep", "1000"]).await;
+    let shim = daemon
+        .shim("dead", &["/bin/busybox", "sleep", "1000"])
+        .await;
     let pid = shim.run().await;
     nix::sys::signal::kill(
         nix::unistd::Pid::from_raw(i32::try_from(shim.pid).unwrap()),
@@ -142,13 +151,17 @@ async fn a_dead_shim_is_cleaned_up_after(runtime: &str) {
     }
     eventually("the container's death", || (!alive(pid)).then_some(())).await;
     assert!(!shim.socket.exists());
-    assert_nothing_left("dead");
+    assert_nothing_left(&shim.cgroup, &shim.bundle);
 }
 
 #[test]
 fn info_and_version_answer_without_a_daemon() {
     let version = run(Command::new(binary()).arg("-v"));
-    assert!(String::from_utf8(version.stdout).unwrap().contains(env!("CARGO_PKG_VERSION")));
+    assert!(
+        String::from_utf8(version.stdout)
+            .unwrap()
+            .contains(env!("CARGO_PKG_VERSION"))
+    );
     let info = run(Command::new(binary()).arg("-info").stdin(Stdio::null()));
     assert!(info.status.success(), "{info:?}");
     let info = RuntimeInfo::decode(info.stdout.as_slice()).unwrap();
@@ -157,10 +170,18 @@ fn info_and_version_answer_without_a_daemon() {
 
 #[test]
 fn a_bad_command_line_says_what_is_wrong() {
-    let output = run(Command::new(binary()).args(["-nonsense", "start"]).stdin(Stdio::null()));
+    let output = run(Command::new(binary())
+        .args(["-nonsense", "start"])
+        .stdin(Stdio::null()));
     assert!(!output.status.success());
-    assert!(String::from_utf8(output.stderr).unwrap().contains("-nonsense"));
-    let output = run(Command::new(binary()).args(["-namespace", "n", "-id", "../x", "start"]).stdin(Stdio::null()));
+    assert!(
+        String::from_utf8(output.stderr)
+            .unwrap()
+            .contains("-nonsense")
+    );
+    let output = run(Command::new(binary())
+        .args(["-namespace", "n", "-id", "../x", "start"])
+        .stdin(Stdio::null()));
     assert!(!output.status.success());
     assert!(String::from_utf8(output.stderr).unwrap().contains("../x"));
 }
