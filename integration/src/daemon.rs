@@ -16,6 +16,8 @@ use crate::{Cli, Client, Result, Subject, eventually, leftovers, subject};
 pub struct Options {
     /// Configuration appended to the generated file (version 2).
     pub config: String,
+    /// Level of the daemon's log; `debug` when none is given.
+    pub log_level: Option<&'static str>,
 }
 
 /// A running daemon and everything that belongs to it.
@@ -54,11 +56,12 @@ impl Daemon {
         let config = format!(
             "version = 2\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = \
              [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = {sock:?}\n[debug]\nlevel = \
-             \"debug\"\n{extra}\n",
+             {level:?}\n{extra}\n",
             root = dir.join("root"),
             state = dir.join("state"),
             sock = dir.join("c.sock"),
             extra = options.config,
+            level = options.log_level.unwrap_or("debug"),
         );
         fs::write(dir.join("config.toml"), config)?;
         let mut daemon = Self {

@@ -1,0 +1,505 @@
+//! The same client against containerd and lighter in one run, as ratios with spread.
+//!
+//! Rounds are interleaved, so that what else the machine does falls on all alike. A row is the
+//! median with the 10th and 90th percentile; the last columns divide containerd's median by ours
+//! (or ours by containerd's where more is better), so above 1 is always in our favour.
+//! `BENCH=name` runs the rows whose name contains it; `ROUNDS=n` scales the work.
+
+use std::collections::HashMap;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use lighter_integration::{Client, Daemon, Image, Options, Result, Spec, Subject, image};
+use lighter_proto::any;
+use lighter_proto::containerd::runc::v1::Options as RuncOptions;
+use lighter_proto::containerd::services as svc;
+use prost_types::Any;
+
+/// A daemon with the way its containers are run.
+struct Contender {
+    name: &'static str,
+    daemon: Daemon,
+    client: Client,
+    top: String,
+    options: Option<Any>,
+}
+
+/// Samples of one measurement, in its unit.
+#[derive(Default)]
+struct Samples(Vec<f64>);
+
+impl Samples {
+    fn at(&mut self, part: f64) -> f64 {
+        self.0.sort_by(f64::total_cmp);
+        let last = self.0.len().saturating_sub(1);
+        // Indexes are small and positive.
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "an index within a short list"
+        )]
+        let index = (last as f64 * part).round() as usize;
+        self.0.get(index).copied().unwrap_or(f64::NAN)
+    }
+}
+
+/// One line of the report: unit, whether more is better, samples by contender.
+struct Row {
+    name: String,
+    unit: &'static str,
+    more_is_better: bool,
+    samples: Vec<(&'static str, Samples)>,
+}
+
+impl Row {
+    fn print(&mut self) {
+        let mut line = format!("{:<34}", format!("{} ({})", self.name, self.unit));
+        let mut reference = None;
+        for (name, samples) in &mut self.samples {
+            let (low, middle, high) = (samples.at(0.1), samples.at(0.5), samples.at(0.9));
+            let ratio = match reference {
+                None => {
+                    reference = Some(middle);
+                    String::new()
+                }
+                Some(reference) if self.more_is_better => format!(" ×{:.2}", middle / reference),
+                Some(reference) => format!(" ×{:.2}", reference / middle),
+            };
+            line.push_str(&format!("  {name} {middle:.2} [{low:.2}–{high:.2}]{ratio}"));
+        }
+        say(&line);
+    }
+}
+
+#[allow(clippy::print_stdout, reason = "the report is the product")]
+fn say(line: &str) {
+    println!("{line}");
+}
+
+fn rounds(usual: u32) -> u32 {
+    let scale = std::env::var("ROUNDS")
+        .ok()
+        .and_then(|n| n.parse::<u32>().ok())
+        .unwrap_or(10);
+    (usual * scale / 10).max(1)
+}
+
+fn wanted(name: &str) -> bool {
+    std::env::var("BENCH").map_or(true, |part| name.contains(&part))
+}
+
+fn runc() -> Option<Any> {
+    Some(any::pack(&RuncOptions {
+        binary_name: "runc".into(),
+        ..Default::default()
+    }))
+}
+
+async fn contenders() -> Result<Vec<Contender>> {
+    let mut all = Vec::new();
+    let image = Image::busybox("docker.io/test/busybox:latest")?;
+    let variants = [
+        ("containerd+runc", Subject::Containerd, None),
+        ("lighter+runc", Subject::Lighter, runc()),
+        ("lighter", Subject::Lighter, None),
+    ];
+    for (name, subject, options) in variants {
+        // Debug logs are not what anybody runs with.
+        let quiet = Options {
+            log_level: Some("warn"),
+            ..Options::default()
+        };
+        let daemon = Daemon::start_with(subject, &quiet).await?;
+        let client = daemon.client().await?;
+        client.store(&image).await?;
+        let top = client.unpack(&image, "overlayfs").await?;
+        all.push(Contender {
+            name,
+            daemon,
+            client,
+            top,
+            options,
+        });
+    }
+    Ok(all)
+}
+
+impl Contender {
+    /// prepare, create, start, wait, delete of `true`.
+    async fn lifecycle(&self, id: &str) -> Result {
+        let spec = Spec::new(self.daemon.namespace(), id, &["true"]);
+        let container = self.create(id, &spec).await?;
+        self.client.create_task(&container, None).await?;
+        self.client.start(id, "").await?;
+        self.client.wait(id, "").await?;
+        self.client.delete_task(id).await?;
+        self.client.delete(&container).await?;
+        Ok(())
+    }
+
+    async fn create(&self, id: &str, spec: &Spec) -> Result<lighter_integration::Container> {
+        let runtime = "io.containerd.runc.v2";
+        self.client
+            .create_on(
+                id,
+                &self.top,
+                spec,
+                "overlayfs",
+                runtime,
+                self.options.clone(),
+            )
+            .await
+    }
+}
+
+fn millis(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+/// Measures `each` for every contender, interleaved.
+async fn measure<F>(
+    all: &[Contender],
+    name: &str,
+    unit: &'static str,
+    count: u32,
+    mut each: F,
+) -> Result
+where
+    F: AsyncFnMut(&Contender, u32) -> Result<f64>,
+{
+    if !wanted(name) {
+        return Ok(());
+    }
+    let mut row = Row {
+        name: name.to_owned(),
+        unit,
+        more_is_better: unit.ends_with("/s"),
+        samples: all.iter().map(|c| (c.name, Samples::default())).collect(),
+    };
+    for round in 0..rounds(count) {
+        for (contender, (_, samples)) in all.iter().zip(&mut row.samples) {
+            samples.0.push(each(contender, round).await?);
+        }
+    }
+    row.print();
+    Ok(())
+}
+
+async fn starts(all: &[Contender]) -> Result {
+    measure(
+        all,
+        "lifecycle of true, 1 at a time",
+        "ms",
+        30,
+        async |c, round| {
+            let begun = Instant::now();
+            c.lifecycle(&format!("one-{round}")).await?;
+            Ok(millis(begun))
+        },
+    )
+    .await?;
+    measure(
+        all,
+        "lifecycle of true, 8 at a time",
+        "containers/s",
+        5,
+        async |c, round| {
+            let begun = Instant::now();
+            let ids: Vec<_> = (0..40).map(|n| format!("many-{round}-{n}")).collect();
+            let workers = ids.chunks(5).map(async |chunk| -> Result {
+                for id in chunk {
+                    c.lifecycle(id).await?;
+                }
+                Ok(())
+            });
+            for done in futures::future::join_all(workers).await {
+                done?;
+            }
+            Ok(40.0 / begun.elapsed().as_secs_f64())
+        },
+    )
+    .await?;
+    if !wanted("exec") {
+        return Ok(());
+    }
+    let mut running = Vec::new();
+    for c in all {
+        let spec = Spec::new(c.daemon.namespace(), "host", &["sleep", "1000"]);
+        let container = c.create("host", &spec).await?;
+        c.client.create_task(&container, None).await?;
+        c.client.start("host", "").await?;
+        running.push(container);
+    }
+    measure(all, "exec of true", "ms", 30, async |c, round| {
+        let process = Spec::new("", "", &[]).process(&["true"]);
+        let id = format!("e{round}");
+        let begun = Instant::now();
+        c.client.exec("host", &id, &process, None).await?;
+        c.client.wait("host", &id).await?;
+        let request = svc::tasks::v1::DeleteProcessRequest {
+            container_id: "host".into(),
+            exec_id: id,
+        };
+        c.client.tasks().delete_process(request).await?;
+        Ok(millis(begun))
+    })
+    .await?;
+    for (c, container) in all.iter().zip(&running) {
+        c.client.destroy(container).await?;
+    }
+    Ok(())
+}
+
+fn record(id: &str) -> Result<svc::containers::v1::CreateContainerRequest> {
+    Ok(svc::containers::v1::CreateContainerRequest {
+        container: Some(svc::containers::v1::Container {
+            id: id.to_owned(),
+            runtime: Some(svc::containers::v1::container::Runtime {
+                name: "io.containerd.runc.v2".into(),
+                options: None,
+            }),
+            spec: Some(any::pack_json(any::SPEC, &Spec::new("x", id, &["true"]).0)?),
+            ..Default::default()
+        }),
+    })
+}
+
+async fn records(all: &[Contender]) -> Result {
+    use svc::containers::v1::{DeleteContainerRequest, GetContainerRequest, ListContainersRequest};
+    measure(
+        all,
+        "1,000 container records, 16 at once",
+        "cycles/s",
+        3,
+        async |c, round| {
+            let begun = Instant::now();
+            let workers = (0..16).map(async |worker| -> Result {
+                let mut containers = c.client.containers();
+                for n in 0..63 {
+                    let id = format!("r{round}-{worker}-{n}");
+                    containers.create(record(&id)?).await?;
+                    containers
+                        .get(GetContainerRequest { id: id.clone() })
+                        .await?;
+                    containers.delete(DeleteContainerRequest { id }).await?;
+                }
+                Ok(())
+            });
+            for done in futures::future::join_all(workers).await {
+                done?;
+            }
+            Ok(16.0 * 63.0 / begun.elapsed().as_secs_f64())
+        },
+    )
+    .await?;
+    if !wanted("list") && !wanted("memory") {
+        return Ok(());
+    }
+    for c in all {
+        fill(c, 10_000).await?;
+    }
+    measure(all, "list of 10,000 containers", "ms", 5, async |c, _| {
+        let begun = Instant::now();
+        let list = ListContainersRequest { filters: vec![] };
+        let answer = c
+            .client
+            .in_namespace("full")
+            .containers()
+            .list(list)
+            .await?
+            .into_inner();
+        anyhow::ensure!(
+            answer.containers.len() == 10_000,
+            "{}",
+            answer.containers.len()
+        );
+        Ok(millis(begun))
+    })
+    .await?;
+    measure(
+        all,
+        "memory with 10,000 of each record",
+        "MB RSS",
+        1,
+        async |c, _| Ok(memory(c.daemon.pid()?, "Rss:")?),
+    )
+    .await
+}
+
+/// Many small containers and images, in a namespace of their own.
+async fn fill(c: &Contender, count: u32) -> Result {
+    let client = c.client.in_namespace("full");
+    let workers = (0..16).map(async |worker| -> Result {
+        for n in (worker..count).step_by(16) {
+            let mut request = record(&format!("c{n}"))?;
+            if let Some(container) = request.container.as_mut() {
+                container.spec = Some(Any {
+                    type_url: any::SPEC.into(),
+                    value: b"{}".to_vec(),
+                });
+            }
+            client.containers().create(request).await?;
+            let image = svc::images::v1::Image {
+                name: format!("docker.io/test/image:{n}"),
+                target: Some(lighter_proto::containerd::types::Descriptor {
+                    media_type: "application/vnd.oci.image.manifest.v1+json".into(),
+                    digest: image::digest(&n.to_be_bytes()),
+                    size: 1,
+                    annotations: HashMap::new(),
+                }),
+                ..Default::default()
+            };
+            let request = svc::images::v1::CreateImageRequest {
+                image: Some(image),
+                source_date_epoch: None,
+            };
+            client.images().create(request).await?;
+        }
+        Ok(())
+    });
+    for done in futures::future::join_all(workers).await {
+        done?;
+    }
+    Ok(())
+}
+
+async fn content(all: &[Contender]) -> Result {
+    let mut data = vec![0_u8; 64 << 20];
+    for (n, byte) in data.iter_mut().enumerate() {
+        *byte = u8::try_from(n * 31 % 251).unwrap_or(0);
+    }
+    let name = "64 MiB blob written";
+    let mut digests = HashMap::new();
+    measure(all, name, "ms", 5, async |c, round| {
+        let mut unique = data.clone();
+        unique[..4].copy_from_slice(&round.to_be_bytes());
+        let digest = image::digest(&unique);
+        let labels = HashMap::from([("containerd.io/gc.root".to_owned(), "bench".to_owned())]);
+        let begun = Instant::now();
+        c.client
+            .write_blob(&format!("blob{round}"), &digest, &unique, labels)
+            .await?;
+        digests.insert(round, digest);
+        Ok(millis(begun))
+    })
+    .await?;
+    let Some(digest) = digests.get(&0) else {
+        return Ok(());
+    };
+    measure(all, "64 MiB blob read", "ms", 5, async |c, _| {
+        let begun = Instant::now();
+        let read = c.client.read_blob(digest).await?;
+        anyhow::ensure!(read.len() == data.len(), "{} bytes", read.len());
+        Ok(millis(begun))
+    })
+    .await
+}
+
+async fn calls(all: &[Contender]) -> Result {
+    measure(all, "Version, 1 at a time", "µs", 10, async |c, _| {
+        let begun = Instant::now();
+        for _ in 0..100 {
+            c.client.version().await?;
+        }
+        Ok(millis(begun) * 10.0)
+    })
+    .await?;
+    measure(all, "Version, 16 at once", "calls/s", 5, async |c, _| {
+        let begun = Instant::now();
+        let workers = (0..16).map(async |_| -> Result {
+            for _ in 0..200 {
+                c.client.version().await?;
+            }
+            Ok(())
+        });
+        for done in futures::future::join_all(workers).await {
+            done?;
+        }
+        Ok(3200.0 / begun.elapsed().as_secs_f64())
+    })
+    .await
+}
+
+/// A row of `smaps_rollup`, in MB.
+fn memory(pid: i32, field: &str) -> Result<f64> {
+    let table = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let sum: f64 = table
+        .lines()
+        .filter(|line| line.starts_with(field))
+        .filter_map(|line| line.split_whitespace().nth(1)?.parse::<f64>().ok())
+        .sum();
+    Ok(sum / 1024.0)
+}
+
+async fn idle(all: &[Contender]) -> Result {
+    measure(all, "idle daemon memory", "MB RSS", 1, async |c, _| {
+        memory(c.daemon.pid()?, "Rss:")
+    })
+    .await?;
+    measure(all, "idle daemon memory, private", "MB", 1, async |c, _| {
+        memory(c.daemon.pid()?, "Private_")
+    })
+    .await?;
+    if !wanted("shim") {
+        return Ok(());
+    }
+    let count = 10;
+    let mut shims: HashMap<&str, Vec<i32>> = HashMap::new();
+    let mut running = Vec::new();
+    for c in all {
+        for n in 0..count {
+            let id = format!("idle-{n}");
+            let spec = Spec::new(c.daemon.namespace(), &id, &["sleep", "1000"]);
+            let container = c.create(&id, &spec).await?;
+            let pid = c.client.create_task(&container, None).await?;
+            c.client.start(&id, "").await?;
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+            let parent = stat.rsplit(')').next().unwrap_or_default();
+            let parent = parent
+                .split_whitespace()
+                .nth(1)
+                .unwrap_or_default()
+                .parse()?;
+            shims.entry(c.name).or_default().push(parent);
+            running.push((c, container));
+        }
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    for (name, field) in [
+        ("shim memory, PSS", "Pss:"),
+        ("shim memory, private", "Private_"),
+    ] {
+        measure(all, name, "MB", 1, async |c, _| {
+            let pids = &shims[c.name];
+            let mut sum = 0.0;
+            for pid in pids {
+                sum += memory(*pid, field)?;
+            }
+            Ok(sum / f64::from(count))
+        })
+        .await?;
+    }
+    for (c, container) in running {
+        c.client.destroy(&container).await?;
+    }
+    Ok(())
+}
+
+async fn run() -> Result {
+    let all = contenders().await?;
+    idle(&all).await?;
+    starts(&all).await?;
+    calls(&all).await?;
+    content(&all).await?;
+    records(&all).await?;
+    Ok(())
+}
+
+fn main() -> Result {
+    // cargo passes --bench; nothing else is understood.
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(run())
+}
