@@ -126,6 +126,15 @@ impl Mount {
         self.options.iter().any(|o| o == name)
     }
 
+    /// The lower directories of an overlay, nearest first; empty for other mounts.
+    #[must_use]
+    pub fn lower_dirs(&self) -> Vec<String> {
+        let list = self.option("lowerdir").unwrap_or_default();
+        let mut dirs = overlay::split_unescaped(list);
+        dirs.retain(|dir| !dir.is_empty());
+        dirs
+    }
+
     /// The same mount without write access: `ro` for `rw`, and an overlay without its upper
     /// directory (its upper becomes the topmost lower), so that it may be mounted a second time.
     #[must_use]

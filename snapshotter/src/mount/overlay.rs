@@ -101,7 +101,7 @@ fn lowers(data: &[String]) -> Vec<Lower> {
 }
 
 /// Splits at colons that no backslash protects, and drops the protection.
-fn split_unescaped(list: &str) -> Vec<String> {
+pub(super) fn split_unescaped(list: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut chars = list.chars();
     while let Some(c) = chars.next() {

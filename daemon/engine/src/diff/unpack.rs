@@ -1,0 +1,614 @@
+//! Entries of an archive into files, beneath a root descriptor.
+//!
+//! Order of the attributes of each: create, owner, extended attributes, mode (after the owner,
+//! which clears setuid bits and capabilities), times. Times of directories come last of all.
+
+use std::io::{BufRead, Seek as _, SeekFrom, Write as _};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{
+    AtFlags, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags, chmod,
+    fchmod, fchown, futimens, linkat, makedev, mkdirat, mknodat, openat, openat2, statat,
+    symlinkat, utimensat,
+};
+use rustix::fs::{FileType, chownat};
+use rustix::io::Errno;
+
+use super::Error;
+use super::tar::{Archive, Entry, Kind, Time};
+use super::tree::{Opened, Tree, normalize, open_in, split};
+use super::whiteout::{self, Attributes, Mark};
+
+/// Longest extended attribute value of the kernel, and of a list of names.
+const XATTR_MAX_BYTES: usize = 64 << 10;
+
+/// Mode of directories that the archive only implies.
+const IMPLIED_MODE: u32 = 0o755;
+
+/// How deletions are kept.
+#[derive(Debug)]
+pub(super) enum Form {
+    /// Things are deleted.
+    Plain,
+    /// The root is the upper directory of an overlay over `lower`, nearest first.
+    Overlay {
+        attributes: Attributes,
+        lower: Vec<String>,
+    },
+}
+
+/// What is under the root at the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Base {
+    /// Nothing; every directory is of this archive.
+    Empty,
+    /// Other content, to be changed.
+    Filled,
+}
+
+/// Writes entries beneath a root.
+pub(super) struct Unpack<'a> {
+    tree: Tree<'a>,
+    form: Form,
+    directory_times: Vec<(Vec<u8>, Timestamps)>,
+    /// Mode bits that new files lose; all of them where default access lists may take more.
+    umask: u32,
+    in_user_namespace: bool,
+}
+
+impl<'a> Unpack<'a> {
+    pub(super) fn new(root: BorrowedFd<'a>, form: Form, base: Base) -> Self {
+        let remember = matches!(form, Form::Plain) && base == Base::Filled;
+        Self {
+            tree: Tree::new(root, remember),
+            form,
+            directory_times: Vec::new(),
+            umask: if base == Base::Empty { umask() } else { 0o7777 },
+            in_user_namespace: in_user_namespace(),
+        }
+    }
+
+    /// Writes all entries of `archive`.
+    pub(super) fn all<R: BufRead>(mut self, archive: &mut Archive<R>) -> Result<(), Error> {
+        while let Some(entry) = archive.next()? {
+            self.entry(&entry, archive)?;
+        }
+        self.finish()
+    }
+
+    fn entry<R: BufRead>(&mut self, entry: &Entry, archive: &mut Archive<R>) -> Result<(), Error> {
+        let path = normalize(&entry.path);
+        let (dir, name) = split(&path);
+        if name.is_empty() {
+            // The root itself belongs to whoever made it.
+            return Ok(());
+        }
+        match Mark::of(&entry.path, name)? {
+            Mark::None => {}
+            Mark::Ignored => return Ok(()),
+            Mark::Opaque => return self.opaque(dir),
+            Mark::Whiteout(deleted) => return self.whiteout(dir, deleted, entry),
+        }
+        let owner = owner(entry)?;
+        let parent = self.parent(dir)?;
+        self.tree.mark(&path);
+        match entry.kind {
+            Kind::File => self.file(entry, &path, &parent, owner, archive),
+            Kind::Directory => self.directory(entry, &path, &parent, owner),
+            Kind::HardLink => self.hard_link(entry, &path, &parent),
+            Kind::Symlink | Kind::CharDevice | Kind::BlockDevice | Kind::Fifo => {
+                self.special(entry, &path, &parent, owner)
+            }
+            Kind::Other(flag) => Err(Error::entry(
+                &entry.path,
+                format!("unhandled tar header type {flag}"),
+            )),
+        }
+    }
+
+    /// The directory at `path`, made with the attributes it has in lower layers where it is missing.
+    fn parent(&mut self, path: &[u8]) -> Result<Opened, Error> {
+        let lower: &[String] = match &self.form {
+            Form::Overlay { lower, .. } => lower,
+            Form::Plain => &[],
+        };
+        let times = &mut self.directory_times;
+        let chmod = self.umask & IMPLIED_MODE != 0;
+        self.tree.ensure(path, &mut |path, made| {
+            if chmod {
+                fchmod(made, Mode::from_raw_mode(IMPLIED_MODE))
+                    .map_err(Error::io("set mode of", path))?;
+            }
+            inherit(lower, path, made, times)
+        })
+    }
+
+    fn opaque(&mut self, dir: &[u8]) -> Result<(), Error> {
+        match self.form {
+            Form::Plain => self.tree.clear_older(dir),
+            Form::Overlay { attributes, .. } => {
+                let opened = self.parent(dir)?;
+                whiteout::make_opaque(opened.as_fd(), attributes)
+                    .map_err(Error::io("make opaque", dir))
+            }
+        }
+    }
+
+    fn whiteout(&mut self, dir: &[u8], deleted: &[u8], entry: &Entry) -> Result<(), Error> {
+        let mut path = dir.to_vec();
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend_from_slice(deleted);
+        let parent = match self.form {
+            Form::Overlay { .. } => self.parent(dir)?,
+            Form::Plain => match self.tree.dir(dir) {
+                Ok(parent) => parent,
+                // Nothing there to delete.
+                Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
+                Err(error) => return Err(Error::io("open directory", dir)(error)),
+            },
+        };
+        self.tree.remove(parent.as_fd(), &path)?;
+        match &self.form {
+            // Where nothing is hidden, overlayfs would list the mark itself.
+            Form::Overlay { lower, .. } if lower.is_empty() || whiteout::visible(lower, &path) => {
+                whiteout::make_whiteout(parent.as_fd(), deleted, owner(entry)?)
+                    .map_err(Error::io("make whiteout", &path))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Runs `make`, and again after removing what is in its way.
+    fn replace<T>(
+        &mut self,
+        parent: &Opened,
+        path: &[u8],
+        operation: &'static str,
+        make: impl Fn(BorrowedFd<'_>, &[u8]) -> Result<T, Errno>,
+    ) -> Result<T, Error> {
+        let name = split(path).1;
+        match make(parent.as_fd(), name) {
+            Err(Errno::EXIST) => {}
+            other => return other.map_err(Error::io(operation, path)),
+        }
+        self.tree.remove(parent.as_fd(), path)?;
+        self.tree.mark(path);
+        make(parent.as_fd(), name).map_err(Error::io(operation, path))
+    }
+
+    fn file<R: BufRead>(
+        &mut self,
+        entry: &Entry,
+        path: &[u8],
+        parent: &Opened,
+        owner: (u32, u32),
+        archive: &mut Archive<R>,
+    ) -> Result<(), Error> {
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(entry.mode & 0o777);
+        let fd = self.replace(parent, path, "create", |dir, name| {
+            openat(dir, name, flags, mode)
+        })?;
+        let mut file = std::fs::File::from(fd);
+        write_data(entry, path, &mut file, archive)?;
+        let failed = |what| Error::io::<Errno>(what, path);
+        if owner != (0, 0) || parent.gives_group {
+            fchown(&file, uid(owner), gid(owner)).map_err(failed("change owner of"))?;
+        }
+        self.xattrs(entry, path, file.as_fd())?;
+        if entry.mode & (0o7000 | self.umask) != 0 || self.umask == 0o7777 {
+            fchmod(&file, Mode::from_raw_mode(entry.mode)).map_err(failed("set mode of"))?;
+        }
+        futimens(&file, &times(entry)).map_err(failed("set times of"))
+    }
+
+    fn directory(
+        &mut self,
+        entry: &Entry,
+        path: &[u8],
+        parent: &Opened,
+        owner: (u32, u32),
+    ) -> Result<(), Error> {
+        let name = split(path).1;
+        let mode = Mode::from_raw_mode(entry.mode);
+        let mut existed = false;
+        match mkdirat(parent, name, mode) {
+            Ok(()) => {}
+            Err(Errno::EXIST) => existed = self.make_way_for_directory(path, parent, mode)?,
+            Err(error) => return Err(Error::io("make directory", path)(error)),
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = openat(parent, name, flags, Mode::empty())
+            .map_err(Error::io("open directory", path))?;
+        if existed || owner != (0, 0) || parent.gives_group {
+            fchown(&fd, uid(owner), gid(owner)).map_err(Error::io("change owner of", path))?;
+        }
+        self.xattrs(entry, path, fd.as_fd())?;
+        if existed || entry.mode & (0o7000 | self.umask) != 0 || self.umask == 0o7777 {
+            fchmod(&fd, mode).map_err(Error::io("set mode of", path))?;
+        }
+        self.directory_times.push((path.to_vec(), times(entry)));
+        // What comes next is likely to be in it.
+        self.tree.insert(path, fd, entry.mode & 0o2000 != 0);
+        Ok(())
+    }
+
+    /// Something of that name exists: a directory stays, anything else goes. Whether it stayed.
+    fn make_way_for_directory(
+        &mut self,
+        path: &[u8],
+        parent: &Opened,
+        mode: Mode,
+    ) -> Result<bool, Error> {
+        let name = split(path).1;
+        let stat =
+            statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).map_err(Error::io("stat", path))?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+            return Ok(true);
+        }
+        let made = self.replace(parent, path, "make directory", |dir, name| {
+            mkdirat(dir, name, mode)
+        });
+        made?;
+        if let Form::Overlay { attributes, .. } = self.form
+            && whiteout::is_whiteout(&stat)
+        {
+            // The deletion must outlive its mark.
+            let fd = open_name(parent.as_fd(), name).map_err(Error::io("open directory", path))?;
+            whiteout::make_opaque(fd.as_fd(), attributes)
+                .map_err(Error::io("make opaque", path))?;
+        }
+        Ok(false)
+    }
+
+    fn hard_link(&mut self, entry: &Entry, path: &[u8], parent: &Opened) -> Result<(), Error> {
+        let target = normalize(&entry.link);
+        if target == path {
+            return Ok(());
+        }
+        let (dir, name) = split(&target);
+        if name.is_empty() {
+            return Err(Error::entry(&entry.path, "hard link to the root"));
+        }
+        let missing = |error: Errno| match error {
+            Errno::NOENT | Errno::PERM | Errno::NOTDIR | Errno::LOOP => Error::entry(
+                &entry.path,
+                format!(
+                    "cannot hard link to {:?}: {error}",
+                    String::from_utf8_lossy(&entry.link)
+                ),
+            ),
+            error => Error::io("link", path)(error),
+        };
+        let source = self.tree.dir(dir).map_err(missing)?;
+        // Look before anything in the way is removed: the target may be what is in the way.
+        statat(&source, name, AtFlags::SYMLINK_NOFOLLOW).map_err(missing)?;
+        match linkat(&source, name, parent, split(path).1, AtFlags::empty()) {
+            Err(Errno::EXIST) => {}
+            other => return other.map_err(missing),
+        }
+        if same_file(&source, name, parent, split(path).1) {
+            return Ok(());
+        }
+        self.replace(parent, path, "link", |to, new| {
+            linkat(&source, name, to, new, AtFlags::empty())
+        })
+    }
+
+    /// Links, devices and fifos: what cannot be opened to be changed.
+    fn special(
+        &mut self,
+        entry: &Entry,
+        path: &[u8],
+        parent: &Opened,
+        owner: (u32, u32),
+    ) -> Result<(), Error> {
+        let name = split(path).1;
+        let kind = match entry.kind {
+            Kind::CharDevice => FileType::CharacterDevice,
+            Kind::BlockDevice => FileType::BlockDevice,
+            Kind::Fifo => FileType::Fifo,
+            _ => FileType::Symlink,
+        };
+        if kind == FileType::Symlink {
+            if entry.link.is_empty() {
+                return Err(Error::entry(&entry.path, "symbolic link without a target"));
+            }
+            self.replace(parent, path, "make link", |dir, name| {
+                symlinkat(entry.link.as_slice(), dir, name)
+            })?;
+        } else {
+            let mode = Mode::from_raw_mode(entry.mode);
+            let device = makedev(entry.device.0, entry.device.1);
+            let made = self.replace(parent, path, "make device", |dir, name| {
+                mknodat(dir, name, kind, mode, device)
+            });
+            match made {
+                // A user namespace makes no devices; the runtime provides those that matter.
+                Err(Error::Io { source, .. })
+                    if self.in_user_namespace
+                        && kind != FileType::Fifo
+                        && source.kind() == std::io::ErrorKind::PermissionDenied =>
+                {
+                    return Ok(());
+                }
+                other => other?,
+            }
+        }
+        if owner != (0, 0) || parent.gives_group {
+            chownat(
+                parent,
+                name,
+                uid(owner),
+                gid(owner),
+                AtFlags::SYMLINK_NOFOLLOW,
+            )
+            .map_err(Error::io("change owner of", path))?;
+        }
+        if !entry.xattrs.is_empty() || kind != FileType::Symlink {
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let fd = openat(parent, name, flags, Mode::empty()).map_err(Error::io("open", path))?;
+            self.xattrs(entry, path, fd.as_fd())?;
+            if kind != FileType::Symlink {
+                chmod(by_fd(fd.as_fd()), Mode::from_raw_mode(entry.mode))
+                    .map_err(Error::io("set mode of", path))?;
+            }
+        }
+        utimensat(parent, name, &times(entry), AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(Error::io("set times of", path))
+    }
+
+    fn xattrs(&mut self, entry: &Entry, path: &[u8], fd: BorrowedFd<'_>) -> Result<(), Error> {
+        for (name, value) in &entry.xattrs {
+            if whiteout::is_overlay_attribute(name) {
+                // They would redirect lookups into other directories of the machine's layers.
+                continue;
+            }
+            if name == b"system.posix_acl_default" {
+                self.umask = 0o7777;
+            }
+            // By way of /proc, since descriptors without read access take no attributes.
+            match rustix::fs::setxattr(by_fd(fd), name.as_slice(), value, XattrFlags::empty()) {
+                Ok(()) | Err(Errno::OPNOTSUPP) => {}
+                Err(Errno::PERM)
+                    if name.starts_with(b"user.")
+                        && !matches!(entry.kind, Kind::File | Kind::Directory) => {}
+                Err(error) => {
+                    tracing::debug!(name = %String::from_utf8_lossy(name), "attribute refused");
+                    return Err(Error::io("set extended attribute of", path)(error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<(), Error> {
+        for (path, times) in std::mem::take(&mut self.directory_times) {
+            let (dir, name) = split(&path);
+            let done = self.tree.dir(dir).and_then(|parent| {
+                if self.tree.directories_changed {
+                    // It may be something else by now.
+                    futimens(open_name(parent.as_fd(), name)?, &times)
+                } else {
+                    utimensat(&parent, name, &times, AtFlags::SYMLINK_NOFOLLOW)
+                }
+            });
+            match done {
+                Ok(()) | Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
+                Err(error) => return Err(Error::io("set times of", &path)(error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn write_data<R: BufRead>(
+    entry: &Entry,
+    path: &[u8],
+    file: &mut std::fs::File,
+    archive: &mut Archive<R>,
+) -> Result<(), Error> {
+    let mut data = archive.data();
+    let mut copy = |file: &mut std::fs::File, mut length: u64| -> Result<(), Error> {
+        while length > 0 {
+            let bytes = data.fill_buf().map_err(Error::Stream)?;
+            if bytes.is_empty() {
+                return Err(Error::Stream(std::io::ErrorKind::UnexpectedEof.into()));
+            }
+            let step = usize::try_from(length).map_or(bytes.len(), |l| l.min(bytes.len()));
+            file.write_all(&bytes[..step])
+                .map_err(Error::io("write", path))?;
+            data.consume(step);
+            length -= step as u64;
+        }
+        Ok(())
+    };
+    let Some(segments) = &entry.segments else {
+        return copy(file, entry.size_bytes);
+    };
+    for (offset, length) in segments {
+        file.seek(SeekFrom::Start(*offset))
+            .map_err(Error::io("seek in", path))?;
+        copy(file, *length)?;
+    }
+    file.set_len(entry.size_bytes)
+        .map_err(Error::io("set size of", path))
+}
+
+/// Gives a directory that the archive only implies what it is in the lower layers.
+fn inherit(
+    lower: &[String],
+    path: &[u8],
+    made: BorrowedFd<'_>,
+    times: &mut Vec<(Vec<u8>, Timestamps)>,
+) -> Result<(), Error> {
+    for layer in lower {
+        let Ok(layer) = open_root(layer) else {
+            continue;
+        };
+        let found = openat2(
+            &layer,
+            path,
+            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+        );
+        let Ok(found) = found else { continue };
+        let stat = rustix::fs::fstat(&found).map_err(Error::io("stat", path))?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+            // Replaced: what is further below is hidden.
+            return Ok(());
+        }
+        let owner = (stat.st_uid, stat.st_gid);
+        fchown(made, uid(owner), gid(owner)).map_err(Error::io("change owner of", path))?;
+        copy_xattrs(found.as_fd(), made).map_err(Error::io("copy attributes of", path))?;
+        fchmod(made, Mode::from_raw_mode(stat.st_mode)).map_err(Error::io("set mode of", path))?;
+        times.push((path.to_vec(), times_of(&stat)));
+        return Ok(());
+    }
+    Ok(())
+}
+
+fn copy_xattrs(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), Errno> {
+    use rustix::buffer::spare_capacity;
+    let (from, to) = (by_fd(from), by_fd(to));
+    let mut names = Vec::with_capacity(XATTR_MAX_BYTES);
+    match rustix::fs::listxattr(&from, spare_capacity(&mut names)) {
+        Ok(_) => {}
+        Err(Errno::OPNOTSUPP) => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    for name in names.split(|b| *b == 0) {
+        if name.is_empty() || whiteout::is_overlay_attribute(name) {
+            continue;
+        }
+        let mut value = Vec::with_capacity(XATTR_MAX_BYTES);
+        if rustix::fs::getxattr(&from, name, spare_capacity(&mut value)).is_ok() {
+            match rustix::fs::setxattr(&to, name, &value, XattrFlags::empty()) {
+                Ok(()) | Err(Errno::OPNOTSUPP) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(())
+}
+
+fn open_name(dir: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(dir, name, flags, Mode::empty())
+}
+
+fn same_file(dir: &Opened, name: &[u8], other: &Opened, other_name: &[u8]) -> bool {
+    let identity = |dir: &Opened, name: &[u8]| {
+        statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).map(|s| (s.st_dev, s.st_ino))
+    };
+    match (identity(dir, name), identity(other, other_name)) {
+        (Ok(one), Ok(two)) => one == two,
+        _ => false,
+    }
+}
+
+fn by_fd(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+fn uid(owner: (u32, u32)) -> Option<Uid> {
+    Some(Uid::from_raw(owner.0))
+}
+
+fn gid(owner: (u32, u32)) -> Option<Gid> {
+    Some(Gid::from_raw(owner.1))
+}
+
+fn owner(entry: &Entry) -> Result<(u32, u32), Error> {
+    let id = |id: u64| {
+        // The highest value means "leave alone" to the kernel.
+        u32::try_from(id)
+            .ok()
+            .filter(|id| *id != u32::MAX)
+            .ok_or_else(|| Error::entry(&entry.path, format!("owner {id} is out of range")))
+    };
+    Ok((id(entry.uid)?, id(entry.gid)?))
+}
+
+/// Times before the epoch, or later than nanoseconds in 64 bits can say, become the epoch.
+fn bounded(time: Time) -> Time {
+    if time.seconds < 0 || time.seconds > i64::MAX / 1_000_000_000 {
+        Time::default()
+    } else {
+        time
+    }
+}
+
+fn times(entry: &Entry) -> Timestamps {
+    let modified = bounded(entry.modified);
+    let accessed = entry.accessed.map_or(modified, bounded).max(modified);
+    let spec = |time: Time| Timespec {
+        tv_sec: time.seconds,
+        tv_nsec: time.nanos.into(),
+    };
+    Timestamps {
+        last_access: spec(accessed),
+        last_modification: spec(modified),
+    }
+}
+
+#[allow(
+    clippy::cast_possible_wrap,
+    reason = "the kernel's own values, which fit"
+)]
+fn times_of(stat: &Stat) -> Timestamps {
+    Timestamps {
+        last_access: Timespec {
+            tv_sec: stat.st_atime,
+            tv_nsec: stat.st_atime_nsec as _,
+        },
+        last_modification: Timespec {
+            tv_sec: stat.st_mtime,
+            tv_nsec: stat.st_mtime_nsec as _,
+        },
+    }
+}
+
+/// The umask without changing it; everything where `/proc` does not say, which is always right.
+fn umask() -> u32 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("Umask:"))
+        .and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok())
+        .unwrap_or(0o7777)
+}
+
+/// Whether root here is not the machine's root.
+pub(super) fn in_user_namespace() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let words: Vec<&str> = map.split_whitespace().collect();
+    words != ["0", "0", "4294967295"]
+}
+
+/// The descriptor of directory `path` beneath nothing but the machine's root.
+pub(super) fn open_root(path: &str) -> Result<OwnedFd, Error> {
+    openat(
+        rustix::fs::CWD,
+        path,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(Error::io("open", path.as_bytes()))
+}
+
+/// Whether a directory has no entries.
+pub(super) fn is_empty(dir: BorrowedFd<'_>) -> Result<bool, Error> {
+    let fd = open_in(dir, b"").map_err(Error::io("open", b"/"))?;
+    for entry in rustix::fs::Dir::new(fd).map_err(Error::io("read", b"/"))? {
+        let entry = entry.map_err(Error::io("read", b"/"))?;
+        if entry.file_name() != c"." && entry.file_name() != c".." {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
