@@ -78,9 +78,8 @@ fn remove_socket(flags: &Flags, bundle: &Path) {
     let spec = Spec::read(bundle).unwrap_or_default();
     let group = spec.group().unwrap_or(&flags.id);
     let linked = std::fs::read_link(bundle.join("s")).ok();
-    let dir = match linked.map_or_else(|| socket::directory(None), Ok) {
-        Ok(dir) => dir,
-        Err(_) => return,
+    let Ok(dir) = linked.map_or_else(|| socket::directory(None), Ok) else {
+        return;
     };
     socket::remove_dead(&socket::path(&dir, &flags.address, &flags.namespace, group));
 }

@@ -260,7 +260,7 @@ impl Container {
                 self.settle(&mut effects);
                 Ok(effects)
             }
-            Input::Exited(who, exit) => self.exited(who, exit),
+            Input::Exited(who, exit) => self.exited(&who, exit),
             Input::Pause => self.pause(),
             Input::PauseDone { frozen } => {
                 if self.freeze != Freeze::Pausing {
@@ -344,10 +344,10 @@ impl Container {
         Ok(Vec::new())
     }
 
-    fn exited(&mut self, who: Who, exit: Exit) -> Result<Vec<Effect>, Refusal> {
+    fn exited(&mut self, who: &Who, exit: Exit) -> Result<Vec<Effect>, Refusal> {
         let is_init = who.is_none();
         let frozen = self.freeze != Freeze::No;
-        let process = self.known(&who)?;
+        let process = self.known(who)?;
         if process.held.is_some() || process.phase == Phase::Stopped {
             return Err(Refusal::Finished);
         }

@@ -40,7 +40,7 @@ impl From<lighter_oci::Error> for Failure {
     }
 }
 
-fn failed(what: &str, failure: Failure) -> Error {
+fn failed(what: &str, failure: &Failure) -> Error {
     Error::Runtime(format!("{what}: {}", failure.text))
 }
 
@@ -128,7 +128,7 @@ impl BuiltinRuntime {
     ) -> Result<()> {
         self.on_container_raw(work)
             .await?
-            .map_err(|failure| failed(what, failure))
+            .map_err(|failure| failed(what, &failure))
     }
 
     async fn on_container_raw(
@@ -168,7 +168,7 @@ impl OciRuntime for BuiltinRuntime {
             Ok(made(open(target)?.create(&request)?))
         })
         .await?
-        .map_err(|failure| failed("OCI runtime create failed", failure))?;
+        .map_err(|failure| failed("OCI runtime create failed", &failure))?;
         let pid_file = self.target.bundle.join("init.pid");
         std::fs::write(&pid_file, answer.pid.to_string()).map_err(Error::io("write", &pid_file))?;
         Ok(Running {
@@ -200,7 +200,7 @@ impl OciRuntime for BuiltinRuntime {
             Ok(made(runtime.container(&target.id)?.exec(&request)?))
         })
         .await?
-        .map_err(|failure| failed("OCI runtime exec failed", failure))?;
+        .map_err(|failure| failed("OCI runtime exec failed", &failure))?;
         Ok(Running {
             pid: answer.pid,
             exit: window.claim(answer.pid),
@@ -240,7 +240,7 @@ impl OciRuntime for BuiltinRuntime {
                 fault: Fault::NotFound,
                 ..
             }) => Ok(()),
-            Err(failure) => Err(failed("OCI runtime delete failed", failure)),
+            Err(failure) => Err(failed("OCI runtime delete failed", &failure)),
         }
     }
 
