@@ -6,7 +6,9 @@ DESTDIR ?=
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 STATIC_TARGET := x86_64-unknown-linux-gnu
 # The shim is one process per container: static, so that it maps nothing it does not use.
-SHIM_BUILD = RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --profile shim --target $(STATIC_TARGET) \
+# libseccomp has to be named static, or its shared library would be linked into a program without a loader.
+SHIM_BUILD = LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/$(shell $(CC) -print-multiarch) \
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --profile shim --target $(STATIC_TARGET) \
 	-p lighter-shim -p lighter-oci
 
 .PHONY: help deps build release run test integration bench fuzz lint fmt doc install clean
