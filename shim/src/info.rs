@@ -8,6 +8,7 @@ use prost_types::Any;
 
 use crate::bootstrap;
 use crate::error::Result;
+use crate::runtime::exec;
 
 /// The runtime name that leads to this binary.
 const NAME: &str = "io.containerd.lighter.v2";
@@ -35,12 +36,12 @@ pub(crate) fn info() -> Result<Vec<u8>> {
 
 /// What the OCI runtime says about itself; `None` when it cannot.
 fn features(binary: &str) -> Option<Any> {
-    let binary = if binary.is_empty() { "runc" } else { binary };
-    let output = Command::new(binary)
-        .arg("features")
-        .stdin(Stdio::null())
-        .output()
-        .ok()?;
+    let mut command = if binary.is_empty() {
+        exec::own_command()
+    } else {
+        Command::new(binary)
+    };
+    let output = command.arg("features").stdin(Stdio::null()).output().ok()?;
     if !output.status.success()
         || serde_json::from_slice::<serde::de::IgnoredAny>(&output.stdout).is_err()
     {

@@ -25,12 +25,18 @@ mod sys;
 mod task;
 mod worker;
 
+use std::ffi::OsStr;
 use std::io::Write as _;
+use std::path::Path;
 use std::process::ExitCode;
 
 use crate::args::Flags;
 
 fn main() -> ExitCode {
+    let called = std::env::args_os().next().unwrap_or_default();
+    if Path::new(&called).file_name() == Some(OsStr::new(runtime::exec::OWN_NAME)) {
+        return lighter_oci::cli::main();
+    }
     let flags = match args::parse(std::env::args_os().skip(1)) {
         Ok(flags) => flags,
         Err(text) => return fail(&text),

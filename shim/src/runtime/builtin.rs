@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use async_trait::async_trait;
+use lighter_oci::Status;
 use lighter_oci::spec::{Process, Resources, Spec};
 use lighter_oci::{
     CgroupDriver, CreateRequest, Deletion, ExecRequest, KeyringMode, KillScope, Options, Parentage,
@@ -12,6 +13,7 @@ use lighter_oci::{
 };
 use lighter_proto::containerd::runc::v1::CheckpointOptions;
 
+use super::exec::ExecRuntime;
 use super::{Create, Exec, OciRuntime, Restore, Running, Target};
 use crate::error::{Error, Result};
 use crate::io::ChildStdio;
@@ -24,6 +26,8 @@ use crate::worker::{self, Answer, Failure, Fault};
 pub(crate) struct BuiltinRuntime {
     target: Target,
     reaper: Reaper,
+    /// For the runtime's command line.
+    socket_dir: PathBuf,
 }
 
 impl From<lighter_oci::Error> for Failure {
@@ -108,8 +112,22 @@ pub(crate) fn force_delete(target: &Target) -> Result<()> {
 
 impl BuiltinRuntime {
     /// The runtime of a container.
-    pub(crate) fn new(target: Target, reaper: Reaper) -> Self {
-        Self { target, reaper }
+    pub(crate) fn new(target: Target, reaper: Reaper, socket_dir: PathBuf) -> Self {
+        Self {
+            target,
+            reaper,
+            socket_dir,
+        }
+    }
+
+    /// The same runtime as a command: checkpoints are criu's work, for minutes perhaps, and criu is
+    /// talked to by the runtime's command line.
+    fn command_line(&self) -> ExecRuntime {
+        ExecRuntime::new(
+            self.target.clone(),
+            self.reaper.clone(),
+            self.socket_dir.clone(),
+        )
     }
 
     fn keyring(&self) -> KeyringMode {
@@ -118,6 +136,15 @@ impl BuiltinRuntime {
         } else {
             KeyringMode::Own
         }
+    }
+
+    /// Signals init, and says in which state the container was.
+    fn signal_init(&self, signal: i32) -> lighter_oci::Result<Status> {
+        let runtime = open(&self.target)?;
+        let container = runtime.container(&self.target.id)?;
+        let status = container.state()?.status;
+        container.kill(signal, KillScope::Init)?;
+        Ok(status)
     }
 
     /// Runs work on the container in a worker.
@@ -209,20 +236,28 @@ impl OciRuntime for BuiltinRuntime {
     }
 
     async fn kill(&self, signal: u32, all: bool) -> Result<()> {
-        let scope = if all { KillScope::All } else { KillScope::Init };
         let signal = i32::try_from(signal)
             .map_err(|_| Error::InvalidArgument(format!("unknown signal {signal}")))?;
-        let kill = || {
-            open(&self.target)?
-                .container(&self.target.id)?
-                .kill(signal, scope)
-        };
-        kill().map_err(|error| match error {
-            lighter_oci::Error::NotRunning => Refusal::Finished.into(),
-            lighter_oci::Error::NotFound { .. } => Error::NotFound("no such container".to_owned()),
-            lighter_oci::Error::Spec(text) => Error::InvalidArgument(text),
-            other => Error::Runtime(format!("unknown error after kill: {other}")),
-        })
+        if all {
+            // A whole cgroup may take several rounds.
+            let kill = self.on_container_raw(move |c| Ok(c.kill(signal, KillScope::All)?));
+            return kill.await?.map_err(|failure| match failure.fault {
+                Fault::NotRunning => Refusal::Finished.into(),
+                Fault::NotFound => Error::NotFound("no such container".to_owned()),
+                Fault::Other => failed("unknown error after kill", &failure),
+            });
+        }
+        match self.signal_init(signal) {
+            // A frozen process dies only when it thaws.
+            Ok(Status::Paused) if signal == libc::SIGKILL => self.resume().await,
+            Ok(_) => Ok(()),
+            Err(lighter_oci::Error::NotRunning) => Err(Refusal::Finished.into()),
+            Err(lighter_oci::Error::NotFound { .. }) => {
+                Err(Error::NotFound("no such container".to_owned()))
+            }
+            Err(lighter_oci::Error::Spec(text)) => Err(Error::InvalidArgument(text)),
+            Err(other) => Err(Error::Runtime(format!("unknown error after kill: {other}"))),
+        }
     }
 
     async fn delete(&self, force: bool) -> Result<()> {
@@ -277,16 +312,11 @@ impl OciRuntime for BuiltinRuntime {
         .await
     }
 
-    async fn checkpoint(&self, _path: PathBuf, _options: CheckpointOptions) -> Result<()> {
-        Err(Error::Unsupported(
-            "the built-in runtime writes no checkpoints: run the container with binary_name \"runc\""
-                .to_owned(),
-        ))
+    async fn checkpoint(&self, path: PathBuf, options: CheckpointOptions) -> Result<()> {
+        self.command_line().checkpoint(path, options).await
     }
 
-    async fn restore(&self, _restore: Restore) -> Result<Running> {
-        Err(Error::Unsupported(
-            "the built-in runtime restores no checkpoints: use binary_name \"runc\"".to_owned(),
-        ))
+    async fn restore(&self, restore: Restore) -> Result<Running> {
+        self.command_line().restore(restore).await
     }
 }

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -28,9 +29,45 @@ const LOG_TAIL_BYTES: u64 = 64 * 1024;
 #[derive(Debug)]
 pub(crate) struct ExecRuntime {
     target: Target,
+    program: Program,
     reaper: Reaper,
     /// Directory of console sockets; its path is short.
     socket_dir: PathBuf,
+}
+
+/// What is executed.
+#[derive(Debug)]
+enum Program {
+    /// A binary, by path or found on `PATH`.
+    Named(String),
+    /// This very program, which is our runtime when called by its name.
+    Ourselves,
+}
+
+impl Program {
+    fn name(&self) -> &str {
+        match self {
+            Self::Named(name) => name,
+            Self::Ourselves => OWN_NAME,
+        }
+    }
+
+    fn command(&self) -> Command {
+        match self {
+            Self::Named(name) => Command::new(name),
+            Self::Ourselves => own_command(),
+        }
+    }
+}
+
+/// The name under which the shim's binary is our OCI runtime's command line.
+pub(crate) const OWN_NAME: &str = "lighter-oci";
+
+/// Our OCI runtime's command line, without another file on disk.
+pub(crate) fn own_command() -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(OWN_NAME);
+    command
 }
 
 /// What a command left.
@@ -71,15 +108,17 @@ enum Streams {
 impl ExecRuntime {
     /// The runtime of a container.
     pub(crate) fn new(target: Target, reaper: Reaper, socket_dir: PathBuf) -> Self {
+        let program = if target.is_builtin() {
+            Program::Ourselves
+        } else {
+            Program::Named(target.options.binary_name.clone())
+        };
         Self {
             target,
+            program,
             reaper,
             socket_dir,
         }
-    }
-
-    fn binary(&self) -> &str {
-        &self.target.options.binary_name
     }
 
     fn log(&self) -> PathBuf {
@@ -87,7 +126,7 @@ impl ExecRuntime {
     }
 
     fn command(&self, verb: &str) -> Command {
-        let mut command = Command::new(self.binary());
+        let mut command = self.program.command();
         command
             .current_dir(&self.target.bundle)
             .arg("--root")
@@ -123,7 +162,7 @@ impl ExecRuntime {
         let (_, exit) = self.reaper.spawn(&mut command).map_err(|source| {
             Error::Runtime(format!(
                 "{what}: unable to start the OCI runtime: exec: {:?}: {}",
-                self.binary(),
+                self.program.name(),
                 start_failure(&source)
             ))
         })?;

@@ -131,7 +131,11 @@ impl Target {
 /// The runtime that the options ask for.
 pub(crate) fn open(target: Target, reaper: &Reaper, socket_dir: &Path) -> Box<dyn OciRuntime> {
     if target.is_builtin() {
-        Box::new(builtin::BuiltinRuntime::new(target, reaper.clone()))
+        Box::new(builtin::BuiltinRuntime::new(
+            target,
+            reaper.clone(),
+            socket_dir.to_owned(),
+        ))
     } else {
         Box::new(exec::ExecRuntime::new(
             target,

@@ -6,7 +6,7 @@ use lighter_proto::containerd::v1::types::Status;
 use lighter_proto::errdefs::ErrorKind;
 use lighter_proto::io::containerd::cgroups::{v1, v2};
 
-use crate::harness::{Daemon, can_run};
+use crate::harness::{Daemon, alive, can_run, eventually};
 
 /// Runs a test once per runtime.
 macro_rules! for_each_runtime {
@@ -28,6 +28,9 @@ for_each_runtime!(
     pause_stops_and_resume_goes_on,
     metrics_and_pids_are_those_of_the_container,
     limits_can_be_changed,
+    a_paused_container_can_be_killed,
+    what_init_leaves_in_a_shared_pid_namespace_dies,
+    many_containers_and_execs_leave_no_growth,
     errors_have_their_code_and_text,
 );
 
@@ -201,6 +204,93 @@ async fn metrics_and_pids_are_those_of_the_container(runtime: &str) {
     };
     assert_eq!(processes, 2);
     assert!(memory > 0 && cpu > 0);
+    shim.finish().await;
+}
+
+async fn a_paused_container_can_be_killed(runtime: &str) {
+    let daemon = Daemon::new(runtime).await;
+    let shim = daemon
+        .shim("frozen", &["/bin/busybox", "sleep", "1000"])
+        .await;
+    shim.run().await;
+    let pause = api::PauseRequest {
+        id: "frozen".into(),
+    };
+    let _: () = shim.call("Pause", &pause).await.unwrap();
+    shim.kill("", 9).await.unwrap();
+    assert_eq!(shim.wait("").await, 137);
+    shim.finish().await;
+}
+
+async fn what_init_leaves_in_a_shared_pid_namespace_dies(runtime: &str) {
+    let daemon = Daemon::new(runtime).await;
+    let script = "busybox sleep 1000 & busybox sleep 1001 & echo $! >/tmp/pid; exit 3";
+    daemon.make_bundle("shared", &["/bin/busybox", "sh", "-c", script], |spec| {
+        spec["linux"]["namespaces"] = serde_json::json!([{"type": "mount"}]);
+    });
+    let shim = daemon.connect("shared", &daemon.start("shared")).await;
+    shim.run().await;
+    assert_eq!(shim.wait("").await, 3);
+    let file = daemon.bundle("shared").join("rootfs/tmp/pid");
+    let left: u32 = std::fs::read_to_string(file)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    eventually("end of what was left", || (!alive(left)).then_some(())).await;
+    shim.delete("").await.unwrap();
+    shim.finish().await;
+}
+
+/// Anonymous memory in KiB, and open descriptors.
+fn weight(pid: u32) -> (u64, usize) {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let anon = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))
+        .unwrap();
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .count();
+    (anon.trim().trim_end_matches(" kB").parse().unwrap(), fds)
+}
+
+async fn many_containers_and_execs_leave_no_growth(runtime: &str) {
+    let daemon = Daemon::new(runtime).await;
+    let shim = daemon
+        .shim("many", &["/bin/busybox", "sleep", "1000"])
+        .await;
+    shim.run().await;
+    let mut first = None;
+    for round in 0..25 {
+        let exec = format!("e{round}");
+        shim.add_exec(&exec, &["/bin/busybox", "true"])
+            .await
+            .unwrap();
+        shim.start(&exec).await.unwrap();
+        shim.wait(&exec).await;
+        shim.delete(&exec).await.unwrap();
+        let mut member = daemon
+            .connect("member", &format!("unix://{}", shim.socket.display()))
+            .await;
+        daemon.make_bundle("member", &["/bin/busybox", "true"], |_| {});
+        member.pid = shim.pid;
+        member.run().await;
+        member.wait("").await;
+        member.delete("").await.unwrap();
+        drop(member);
+        if round == 4 {
+            first = Some(weight(shim.pid));
+        }
+    }
+    // The connection of the last round may still be closing.
+    let (anon, fds) = first.unwrap();
+    eventually("as many descriptors as before", || {
+        (weight(shim.pid).1 <= fds).then_some(())
+    })
+    .await;
+    let now = weight(shim.pid).0;
+    assert!(now <= anon + 128, "{anon} KiB grew to {now} KiB");
     shim.finish().await;
 }
 
