@@ -68,16 +68,10 @@ pub enum Error {
         key: String,
     },
     /// The layer could not be applied.
-    #[error("failed to extract layer ({media_type} {digest}) to {snapshotter} as {key:?}")]
+    #[error("failed to extract layer {what}")]
     Apply {
-        /// Its media type.
-        media_type: String,
-        /// Its digest.
-        digest: Digest,
-        /// Where to.
-        snapshotter: String,
-        /// As which snapshot.
-        key: String,
+        /// Media type and digest, where to, as which snapshot.
+        what: String,
         /// Why.
         source: WireError,
     },

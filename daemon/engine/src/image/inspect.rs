@@ -119,7 +119,7 @@ pub async fn resolve(
                 }
                 return Ok(Resolved {
                     descriptor,
-                    manifest,
+                    manifest: *manifest,
                     config,
                     config_bytes,
                 });

@@ -46,7 +46,7 @@ pub struct Index {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Document {
     /// One image.
-    Manifest(Manifest),
+    Manifest(Box<Manifest>),
     /// Several.
     Index(Index),
 }
@@ -155,7 +155,7 @@ pub fn parse(media_type: &str, digest: &Digest, bytes: &[u8]) -> Result<Document
     if media_type == media::DOCKER_MANIFEST && config.media_type == "application/octet-stream" {
         config.media_type = media::DOCKER_CONFIG.to_owned();
     }
-    Ok(Document::Manifest(Manifest {
+    Ok(Document::Manifest(Box::new(Manifest {
         config,
         layers: list(raw.layers)?,
         subject: raw
@@ -163,7 +163,7 @@ pub fn parse(media_type: &str, digest: &Digest, bytes: &[u8]) -> Result<Document
             .map(|wire| Descriptor::from_wire(wire).map_err(malformed))
             .transpose()?,
         annotations,
-    }))
+    })))
 }
 
 #[derive(Deserialize, Default)]

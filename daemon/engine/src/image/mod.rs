@@ -22,6 +22,7 @@ pub use self::descriptor::Descriptor;
 pub use self::error::Error;
 pub use self::fetch::{FetchOptions, Fetcher, Origin};
 pub use self::inspect::{Completeness, Resolved, check, resolve, sizes};
+pub(crate) use self::inspect::{document, wanted};
 pub use self::locks::Locks;
 pub use self::platform::{Matcher, Platform};
 pub use self::progress::{Event, Tracker};

@@ -275,10 +275,10 @@ impl Unpacker {
         job.fetcher.tracker().set(layer, "extracting", 0);
         let applied = job.applier.apply(job.fetcher.scope(), layer, mounts).await;
         let applied = applied.map_err(|source| Error::Apply {
-            media_type: layer.media_type.clone(),
-            digest: layer.digest.clone(),
-            snapshotter: job.target.snapshotter.clone(),
-            key: extract.to_owned(),
+            what: format!(
+                "({} {}) to {} as {extract:?}",
+                layer.media_type, layer.digest, job.target.snapshotter
+            ),
             source,
         })?;
         let want = &job.diff_ids[index];

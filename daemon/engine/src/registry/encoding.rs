@@ -11,7 +11,7 @@ use http::header::CONTENT_ENCODING;
 const PIECE_BYTES: usize = 16 << 10;
 
 /// A decoder of one body.
-pub(super) enum Decoder {
+pub(crate) enum Decoder {
     /// As sent.
     Identity,
     Gzip(flate2::write::MultiGzDecoder<Vec<u8>>),
@@ -43,13 +43,21 @@ impl Decoder {
             .to_ascii_lowercase();
         Ok(match name.as_str() {
             "" | "identity" => Self::Identity,
-            "gzip" | "x-gzip" => Self::Gzip(flate2::write::MultiGzDecoder::new(Vec::new())),
+            "gzip" | "x-gzip" => Self::gzip(),
             "deflate" => Self::Zlib(flate2::write::ZlibDecoder::new(Vec::new())),
-            "zstd" => Self::Zstd(
-                zstd::stream::write::Decoder::new(Vec::new()).map_err(|e| e.to_string())?,
-            ),
+            "zstd" => Self::zstd().map_err(|error| error.to_string())?,
             _ => return Err(name),
         })
+    }
+
+    /// A decoder of gzip, several members after one another included.
+    pub(crate) fn gzip() -> Self {
+        Self::Gzip(flate2::write::MultiGzDecoder::new(Vec::new()))
+    }
+
+    /// A decoder of zstd frames.
+    pub(crate) fn zstd() -> io::Result<Self> {
+        zstd::stream::write::Decoder::new(Vec::new()).map(Self::Zstd)
     }
 
     /// Whether bytes on the wire are the bytes of the blob.
@@ -58,7 +66,7 @@ impl Decoder {
     }
 
     /// Decodes the next piece of the wire.
-    pub(super) fn decode(&mut self, piece: Bytes) -> io::Result<Vec<Bytes>> {
+    pub(crate) fn decode(&mut self, piece: Bytes) -> io::Result<Vec<Bytes>> {
         if self.is_identity() {
             return Ok(vec![piece]);
         }
@@ -87,7 +95,7 @@ impl Decoder {
     }
 
     /// What is left at the end of the body.
-    pub(super) fn finish(self) -> io::Result<Bytes> {
+    pub(crate) fn finish(self) -> io::Result<Bytes> {
         Ok(match self {
             Self::Identity => Bytes::new(),
             Self::Gzip(decoder) => decoder.finish()?.into(),

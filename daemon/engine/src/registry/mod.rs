@@ -26,6 +26,7 @@ mod token;
 mod verify;
 
 pub use self::auth::{Anonymous, Credential, CredentialRequest, Credentials, OneHost, Secret};
+pub(crate) use self::encoding::Decoder;
 pub use self::error::{Error, TransportCause};
 pub use self::fetch::{Progress, Sink};
 pub use self::hosts::{Capabilities, Host, HostsConfig, Scheme};
@@ -34,7 +35,7 @@ pub use self::reference::Reference;
 pub use self::session::{Access, Config, Limits, Registry, Session, SessionOptions};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 

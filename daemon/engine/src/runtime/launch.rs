@@ -553,10 +553,9 @@ mod tests {
     async fn a_server_that_keeps_the_pipe_does_not_hold_the_start_up() {
         let dir = tempfile::tempdir().unwrap();
         let shim = script(dir.path(), "echo unix:///x; sleep 30 & exit 0");
-        let started = tokio::time::timeout(
-            Duration::from_secs(10),
-            launcher().start(&shim, &bundle(dir.path()), None),
-        );
+        let (launcher, bundle) = (launcher(), bundle(dir.path()));
+        let start = launcher.start(&shim, &bundle, None);
+        let started = tokio::time::timeout(Duration::from_secs(10), start);
         assert_eq!(started.await.unwrap().unwrap().address, "unix:///x");
     }
 }

@@ -139,7 +139,6 @@ impl Writer {
 ///
 /// # Errors
 /// The future ends with [`Error::Closed`] once the receiver is gone.
-#[must_use]
 pub fn pipe(
     mut writer: Writer,
 ) -> (
@@ -192,8 +191,14 @@ mod tests {
                     assert!(window <= i64::from(WINDOW) * 2, "granted too much");
                 }
                 window -= 10_000;
-                let data = Data { data: piece.to_vec() };
-                connection.inbound.send(any::pack(&data)).await.expect("open");
+                let data = Data {
+                    data: piece.to_vec(),
+                };
+                connection
+                    .inbound
+                    .send(any::pack(&data))
+                    .await
+                    .expect("open");
             }
         };
         let server = async move {

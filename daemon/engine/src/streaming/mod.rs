@@ -288,12 +288,22 @@ mod tests {
         let streams = Streams::new();
         let scope = scope(None);
         let connection = streams.register(&scope, "a").expect("new");
-        assert!(matches!(streams.register(&scope, "a"), Err(Error::AlreadyExists { .. })));
+        assert!(matches!(
+            streams.register(&scope, "a"),
+            Err(Error::AlreadyExists { .. })
+        ));
         let mut stream = streams.take(&scope.namespace, "a").expect("registered");
-        assert!(matches!(streams.take(&scope.namespace, "a"), Err(Error::NotFound { .. })));
+        assert!(matches!(
+            streams.take(&scope.namespace, "a"),
+            Err(Error::NotFound { .. })
+        ));
         connection.inbound.send(any("x")).await.expect("open");
         drop(connection);
-        assert_eq!(stream.receive().await, Some(any("x")), "what was sent is not lost");
+        assert_eq!(
+            stream.receive().await,
+            Some(any("x")),
+            "what was sent is not lost"
+        );
         assert_eq!(stream.receive().await, None);
         assert_eq!(stream.send(any("y")).await, Err(Error::Closed));
         assert!(streams.list().is_empty());

@@ -1,6 +1,6 @@
 //! Sessions against an in-process server with every odd habit.
 
-mod server;
+pub(crate) mod server;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -8,23 +8,23 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
-pub(super) struct Asked {
-    pub(super) method: String,
+pub(crate) struct Asked {
+    pub(crate) method: String,
     /// Path with query.
-    pub(super) path: String,
+    pub(crate) path: String,
     headers: Vec<(String, String)>,
-    pub(super) body: Vec<u8>,
+    pub(crate) body: Vec<u8>,
 }
 
 impl Asked {
-    pub(super) fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         let found = self.headers.iter().find(|(key, _)| key == name);
         found.map(|(_, value)| value.as_str())
     }
 }
 
 #[derive(Clone)]
-pub(super) struct Reply {
+pub(crate) struct Reply {
     status: u16,
     headers: Vec<(String, String)>,
     body: Vec<u8>,
@@ -33,7 +33,7 @@ pub(super) struct Reply {
 }
 
 impl Reply {
-    pub(super) fn new(status: u16, body: &[u8]) -> Self {
+    pub(crate) fn new(status: u16, body: &[u8]) -> Self {
         Self {
             status,
             headers: Vec::new(),
@@ -42,20 +42,20 @@ impl Reply {
             drip: None,
         }
     }
-    pub(super) fn ok(body: &[u8]) -> Self {
+    pub(crate) fn ok(body: &[u8]) -> Self {
         Self::new(200, body)
     }
-    pub(super) fn header(mut self, name: &str, value: &str) -> Self {
+    pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
         self.headers.push((name.to_owned(), value.to_owned()));
         self
     }
     /// The connection ends after so many bytes of the body.
-    pub(super) fn cut_at(mut self, at: usize) -> Self {
+    pub(crate) fn cut_at(mut self, at: usize) -> Self {
         self.cut_at = Some(at);
         self
     }
     /// Only so many bytes at a time.
-    pub(super) fn drip(mut self, bytes: usize, every: Duration) -> Self {
+    pub(crate) fn drip(mut self, bytes: usize, every: Duration) -> Self {
         self.drip = Some((bytes, every));
         self
     }
@@ -63,7 +63,7 @@ impl Reply {
 
 type Handler = dyn Fn(&Asked) -> Reply + Send + Sync;
 
-pub(super) struct Server {
+pub(crate) struct Server {
     port: u16,
     count: Arc<AtomicU32>,
     // Ends the server when the test does.
@@ -71,7 +71,7 @@ pub(super) struct Server {
 }
 
 impl Server {
-    pub(super) async fn start(handler: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
+    pub(crate) async fn start(handler: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let port = listener.local_addr().expect("address").port();
         let count = Arc::new(AtomicU32::new(0));
@@ -91,12 +91,12 @@ impl Server {
         }
     }
 
-    pub(super) fn authority(&self) -> String {
+    pub(crate) fn authority(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
     /// Requests answered.
-    pub(super) fn count(&self) -> u32 {
+    pub(crate) fn count(&self) -> u32 {
         self.count.load(Ordering::SeqCst)
     }
 }

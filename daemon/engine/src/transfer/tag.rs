@@ -1,0 +1,65 @@
+//! Store to store: another name, and unpacking what is there.
+
+use lighter_store::Scope;
+use tokio::sync::Mutex;
+
+use super::graph::Walk;
+use super::kinds::StoreEnd;
+use super::{Error, Transfer};
+use crate::image::children::Layers;
+use crate::image::{Descriptor, FetchOptions, Origin, Tracker};
+
+impl Transfer {
+    pub(super) async fn tag(
+        &self,
+        scope: &Scope,
+        from: &StoreEnd,
+        to: &StoreEnd,
+        tracker: &Tracker,
+    ) -> Result<(), Error> {
+        if to.name.is_empty() && to.extras.is_empty() {
+            return Err(Error::invalid("image store destination needs a name"));
+        }
+        let image = self.inner.db.images().get(scope, &from.name)?;
+        let target = Descriptor::from(image.target);
+        self.unpack_stored(scope, &target, to, tracker).await?;
+        self.record_all(scope, to, &target, true, tracker).await?;
+        Ok(())
+    }
+
+    /// Unpacks what `to` wants of an image in the store.
+    pub(super) async fn unpack_stored(
+        &self,
+        scope: &Scope,
+        target: &Descriptor,
+        to: &StoreEnd,
+        tracker: &Tracker,
+    ) -> Result<(), Error> {
+        if to.unpacks.is_empty() {
+            return Ok(());
+        }
+        let fetcher = self.fetcher(FetchOptions {
+            scope: scope.clone(),
+            origin: Origin::Store,
+            tracker: tracker.clone(),
+            layers: Layers::Keep,
+        });
+        for unpack in &to.unpacks {
+            let select = super::Select {
+                matcher: unpack.matcher.clone(),
+                limit: 1,
+                all_metadata: false,
+            };
+            let walk = Walk {
+                transfer: self,
+                fetcher: &fetcher,
+                select: &select,
+                unpacks: std::slice::from_ref(unpack),
+                hint: None,
+                found: Mutex::default(),
+            };
+            walk.run(target, &to.name).await?;
+        }
+        Ok(())
+    }
+}
