@@ -5,9 +5,12 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use lighter_engine::runtime::{self, Launcher, LogLevel, Manager};
+use lighter_engine::streaming::Streams;
 use lighter_proto::any;
 use lighter_proto::containerd::services::introspection::v1::introspection_server::IntrospectionServer;
+use lighter_proto::containerd::services::streaming::v1::streaming_server::StreamingServer;
 use lighter_proto::containerd::services::tasks::v1::tasks_server::TasksServer;
+use lighter_proto::containerd::services::transfer::v1::transfer_server::TransferServer;
 use lighter_proto::containerd::services::version::v1::version_server::VersionServer;
 use lighter_proto::containerd::types::RuntimeRequest;
 use lighter_proto::errdefs::{Classify as _, WireError, render};
@@ -20,10 +23,12 @@ use tracing::{info, warn};
 use crate::config::{Config, Socket};
 use crate::plugin::builtins;
 use crate::server::{debug, grpc, http, listen, metrics::Metrics, observe::InFlight, ttrpc};
+use crate::services::streaming::StreamingService;
 use crate::services::tasks::TasksService;
+use crate::services::transfer::TransferService;
 use crate::services::{introspection, version};
 use crate::stores::{self, Stores};
-use crate::{shutdown, sys, telemetry};
+use crate::{shutdown, sys, telemetry, transfers};
 
 /// Threads that poll: RPCs are short and the work is done elsewhere.
 const WORKERS: usize = 2;
@@ -115,6 +120,8 @@ impl App {
 
         // Engines.
         let tasks = Manager::new(runtime_config(&config, db.clone())?);
+        let streams = Streams::new();
+        let transfer = transfers::build(&config, db.clone(), streams.clone(), tracker.clone())?;
 
         // Edges.
         let metrics = Metrics::new(config.grpc_histogram);
@@ -151,7 +158,12 @@ impl App {
             .add_service(limited!(
                 TasksServer,
                 TasksService::new(tasks.clone(), db.containers())
-            ));
+            ))
+            .add_service(limited!(
+                StreamingServer,
+                StreamingService::new(streams, tracker.clone())
+            ))
+            .add_service(limited!(TransferServer, TransferService::new(transfer)));
 
         // Listeners: all bound before any is served.
         let report = Arc::new(debug::Report::new(Arc::clone(&in_flight), sections(&tasks)));

@@ -13,6 +13,7 @@ pub(crate) mod shutdown;
 pub(crate) mod stores;
 pub(crate) mod sys;
 pub(crate) mod telemetry;
+pub(crate) mod transfers;
 
 use std::ffi::OsString;
 use std::io::Write as _;

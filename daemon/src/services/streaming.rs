@@ -39,22 +39,35 @@ impl Streaming for StreamingService {
     ) -> Result<Response<Self::StreamStream>, Status> {
         let scope = scope_of(&request)?;
         let mut client = request.into_inner();
-        let first = client.message().await?.ok_or_else(|| bad("stream without init"))?;
+        let first = client
+            .message()
+            .await?
+            .ok_or_else(|| bad("stream without init"))?;
         let init: StreamInit = any::unpack(&first).map_err(|error| bad(&error.to_string()))?;
-        let connection = self.streams.register(&scope, &init.id).map_err(into_status)?;
-        let Connection { inbound, outbound, registration } = connection;
+        let connection = self
+            .streams
+            .register(&scope, &init.id)
+            .map_err(into_status)?;
+        let Connection {
+            inbound,
+            outbound,
+            registration,
+        } = connection;
         let closed = registration.closed();
         let ended = closed.clone();
         // Ends with the client, with the response below, or when the stream is closed.
-        self.tracker.spawn(closed.run_until_cancelled_owned(async move {
-            while let Ok(Some(message)) = client.message().await {
-                if inbound.send(message).await.is_err() {
-                    break;
+        self.tracker
+            .spawn(closed.run_until_cancelled_owned(async move {
+                while let Ok(Some(message)) = client.message().await {
+                    if inbound.send(message).await.is_err() {
+                        break;
+                    }
                 }
-            }
-        }));
+            }));
         let ready = futures::stream::iter([Ok(any::pack(&()))]);
-        let rest = ReceiverStream::new(outbound).map(Ok).take_until(ended.cancelled_owned());
+        let rest = ReceiverStream::new(outbound)
+            .map(Ok)
+            .take_until(ended.cancelled_owned());
         // The stream is known for as long as this response is.
         let answer = ready.chain(rest).map(move |message| {
             let _ = &registration;

@@ -17,7 +17,7 @@ pub mod platform;
 mod progress;
 mod unpack;
 
-pub use self::apply::{Applied, Applier};
+pub use self::apply::{Applied, Applier, LocalApplier};
 pub use self::descriptor::Descriptor;
 pub use self::error::Error;
 pub use self::fetch::{FetchOptions, Fetcher, Origin};
