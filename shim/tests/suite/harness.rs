@@ -1,11 +1,12 @@
 //! Drives the shim's binary as a daemon does: `start`, ttrpc, and an events service of our own.
 
 use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use lighter_proto::containerd::events;
@@ -23,9 +24,13 @@ pub(crate) const NAMESPACE: &str = "shimtest";
 /// Longest wait for anything that should happen at once.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The shim under test.
-pub(crate) fn binary() -> &'static str {
-    env!("CARGO_BIN_EXE_containerd-shim-lighter-v2")
+/// The shim under test: the one just built, or another by `LIGHTER_SHIM`.
+pub(crate) fn binary() -> &'static OsStr {
+    static PATH: OnceLock<OsString> = OnceLock::new();
+    PATH.get_or_init(|| {
+        let built = env!("CARGO_BIN_EXE_containerd-shim-lighter-v2");
+        std::env::var_os("LIGHTER_SHIM").unwrap_or_else(|| built.into())
+    })
 }
 
 /// Whether this machine lets the tests run containers.

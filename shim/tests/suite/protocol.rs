@@ -99,7 +99,8 @@ async fn a_warm_shim_takes_on_a_container() {
         let mut command = Command::new("/bin/sh");
         let theirs = OwnedFd::from(theirs);
         command
-            .args(["-c", "exec \"$0\" warm 3<&0 0</dev/null", binary()])
+            .args(["-c", "exec \"$0\" warm 3<&0 0</dev/null"])
+            .arg(binary())
             .stdin(theirs);
         (ours, command.process_group(0).spawn().unwrap())
     };
