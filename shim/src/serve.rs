@@ -21,6 +21,7 @@ use crate::bootstrap::Request;
 use crate::error::{Error, Result};
 use crate::publish::Publisher;
 use crate::reaper::Reaper;
+use crate::runtime::builtin::Library;
 use crate::service::Shim;
 use crate::task::Core;
 use crate::{log, socket, sys};
@@ -88,6 +89,7 @@ async fn serve(serving: Serving) -> Result<()> {
         publisher: publisher.clone(),
         tracker,
         socket_dir,
+        library: Library::default(),
     });
     let end = CancellationToken::new();
     let shim = Shim::new(core, end.clone());

@@ -28,6 +28,7 @@ use crate::mount;
 use crate::process::{Container, Effect, Exit, Input, Phase, Refusal, Status};
 use crate::publish::Publisher;
 use crate::reaper::Reaper;
+use crate::runtime::builtin::Library;
 use crate::runtime::{self, Create, Exec, OciRuntime, Restore, Running, Target};
 use crate::sys;
 
@@ -51,6 +52,8 @@ pub(crate) struct Core {
     pub(crate) tracker: TaskTracker,
     /// Directory of console sockets.
     pub(crate) socket_dir: PathBuf,
+    /// Our own OCI runtime.
+    pub(crate) library: Library,
 }
 
 /// An exec that was registered.
@@ -151,7 +154,7 @@ impl Task {
             &core.namespace,
             options.clone(),
         );
-        let runtime = runtime::open(target, &core.reaper, &core.socket_dir);
+        let runtime = runtime::open(target, core)?;
         let stdio = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),

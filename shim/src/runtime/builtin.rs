@@ -3,6 +3,7 @@
 //! What may take its time runs in a [worker]; signals and lists are system calls and happen at once.
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use lighter_oci::Status;
@@ -25,6 +26,7 @@ use crate::worker::{self, Answer, Failure, Fault};
 #[derive(Debug)]
 pub(crate) struct BuiltinRuntime {
     target: Target,
+    runtime: Shared,
     reaper: Reaper,
     /// For the runtime's command line.
     socket_dir: PathBuf,
@@ -56,13 +58,40 @@ fn malformed(what: &str) -> impl FnOnce(serde_json::Error) -> Failure {
     }
 }
 
-/// Opens the runtime in whichever process is to use it.
-fn open(target: &Target) -> lighter_oci::Result<Runtime> {
+/// The library, opened once per root and cgroup driver: what it finds out about the machine is known
+/// to every worker from its birth.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Library(Arc<Mutex<Vec<(Key, Shared)>>>);
+
+/// Root, and whether systemd makes the cgroups.
+type Key = (PathBuf, bool);
+
+/// An opened runtime. Nobody holds the lock across an await, so no worker is born with it held.
+type Shared = Arc<Mutex<Runtime>>;
+
+impl Library {
+    fn open(&self, target: &Target) -> lighter_oci::Result<Shared> {
+        let mut opened = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (target.root.clone(), target.options.systemd_cgroup);
+        if let Some((_, runtime)) = opened.iter().find(|(known, _)| *known == key) {
+            return Ok(runtime.clone());
+        }
+        let runtime = Arc::new(Mutex::new(Runtime::open(options(target))?));
+        opened.push((key, runtime.clone()));
+        Ok(runtime)
+    }
+}
+
+fn locked(runtime: &Shared) -> MutexGuard<'_, Runtime> {
+    runtime.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn options(target: &Target) -> Options {
     let mut options = Options::new(&target.root);
     if target.options.systemd_cgroup {
         options.driver = CgroupDriver::Systemd;
     }
-    Runtime::open(options)
+    options
 }
 
 fn streams(stdio: ChildStdio, process: Option<&Process>) -> Stdio {
@@ -100,7 +129,7 @@ fn made(created: lighter_oci::Created) -> Answer {
 /// What the runtime said.
 pub(crate) fn force_delete(target: &Target) -> Result<()> {
     let delete = || -> lighter_oci::Result<()> {
-        open(target)?
+        Runtime::open(options(target))?
             .container(&target.id)?
             .delete(Deletion::Forced)
     };
@@ -112,12 +141,24 @@ pub(crate) fn force_delete(target: &Target) -> Result<()> {
 
 impl BuiltinRuntime {
     /// The runtime of a container.
-    pub(crate) fn new(target: Target, reaper: Reaper, socket_dir: PathBuf) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// When the machine cannot be looked at.
+    pub(crate) fn new(
+        target: Target,
+        library: &Library,
+        reaper: Reaper,
+        socket_dir: PathBuf,
+    ) -> Result<Self> {
+        let runtime = library
+            .open(&target)
+            .map_err(|error| Error::Runtime(error.to_string()))?;
+        Ok(Self {
             target,
+            runtime,
             reaper,
             socket_dir,
-        }
+        })
     }
 
     /// The same runtime as a command: checkpoints are criu's work, for minutes perhaps, and criu is
@@ -140,7 +181,7 @@ impl BuiltinRuntime {
 
     /// Signals init, and says in which state the container was.
     fn signal_init(&self, signal: i32) -> lighter_oci::Result<Status> {
-        let runtime = open(&self.target)?;
+        let runtime = locked(&self.runtime);
         let container = runtime.container(&self.target.id)?;
         let status = container.state()?.status;
         container.kill(signal, KillScope::Init)?;
@@ -162,9 +203,9 @@ impl BuiltinRuntime {
         &self,
         work: impl FnOnce(&lighter_oci::Container<'_>) -> std::result::Result<(), Failure> + Send,
     ) -> Result<std::result::Result<(), Failure>> {
-        let target = &self.target;
+        let (target, runtime) = (&self.target, &self.runtime);
         let done = worker::call(&self.reaper, move || {
-            let runtime = open(target)?;
+            let runtime = locked(runtime);
             work(&runtime.container(&target.id)?)?;
             Ok(Answer::default())
         });
@@ -175,7 +216,7 @@ impl BuiltinRuntime {
 #[async_trait]
 impl OciRuntime for BuiltinRuntime {
     async fn create(&self, create: Create) -> Result<Running> {
-        let target = &self.target;
+        let (target, runtime) = (&self.target, &self.runtime);
         let keyring = self.keyring();
         let window = self.reaper.window();
         let answer = worker::call(&self.reaper, move || {
@@ -192,7 +233,7 @@ impl OciRuntime for BuiltinRuntime {
                 root_mode,
                 ..CreateRequest::new(&target.id, &target.bundle, &spec)
             };
-            Ok(made(open(target)?.create(&request)?))
+            Ok(made(locked(runtime).create(&request)?))
         })
         .await?
         .map_err(|failure| failed("OCI runtime create failed", &failure))?;
@@ -213,7 +254,7 @@ impl OciRuntime for BuiltinRuntime {
     }
 
     async fn exec(&self, exec: Exec) -> Result<Running> {
-        let target = &self.target;
+        let (target, runtime) = (&self.target, &self.runtime);
         let window = self.reaper.window();
         let answer = worker::call(&self.reaper, move || {
             let process: Process =
@@ -223,7 +264,7 @@ impl OciRuntime for BuiltinRuntime {
                 parentage: Parentage::Sibling,
                 ..ExecRequest::new(&process)
             };
-            let runtime = open(target)?;
+            let runtime = locked(runtime);
             Ok(made(runtime.container(&target.id)?.exec(&request)?))
         })
         .await?
@@ -294,7 +335,11 @@ impl OciRuntime for BuiltinRuntime {
     }
 
     async fn pids(&self) -> Result<Vec<u32>> {
-        let list = || open(&self.target)?.container(&self.target.id)?.processes();
+        let list = || {
+            locked(&self.runtime)
+                .container(&self.target.id)?
+                .processes()
+        };
         let pids =
             list().map_err(|error| Error::Runtime(format!("OCI runtime ps failed: {error}")))?;
         Ok(pids

@@ -7,7 +7,7 @@ pub(crate) mod builtin;
 pub(crate) mod exec;
 
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use async_trait::async_trait;
 use lighter_proto::containerd::runc::v1::{CheckpointOptions, Options};
@@ -15,7 +15,8 @@ use lighter_proto::containerd::runc::v1::{CheckpointOptions, Options};
 use crate::error::Result;
 use crate::io::ChildStdio;
 
-use crate::reaper::{Pending, Reaper};
+use crate::reaper::Pending;
+use crate::task::Core;
 
 /// Where runtime programs keep their state when the options name no root; the namespace is appended.
 const DEFAULT_ROOT: &str = "/run/containerd/runc";
@@ -129,18 +130,14 @@ impl Target {
 }
 
 /// The runtime that the options ask for.
-pub(crate) fn open(target: Target, reaper: &Reaper, socket_dir: &Path) -> Box<dyn OciRuntime> {
+///
+/// # Errors
+/// When the built-in one cannot look at the machine.
+pub(crate) fn open(target: Target, core: &Core) -> Result<Box<dyn OciRuntime>> {
+    let (reaper, socket_dir) = (core.reaper.clone(), core.socket_dir.clone());
     if target.is_builtin() {
-        Box::new(builtin::BuiltinRuntime::new(
-            target,
-            reaper.clone(),
-            socket_dir.to_owned(),
-        ))
-    } else {
-        Box::new(exec::ExecRuntime::new(
-            target,
-            reaper.clone(),
-            socket_dir.to_owned(),
-        ))
+        let runtime = builtin::BuiltinRuntime::new(target, &core.library, reaper, socket_dir)?;
+        return Ok(Box::new(runtime));
     }
+    Ok(Box::new(exec::ExecRuntime::new(target, reaper, socket_dir)))
 }
