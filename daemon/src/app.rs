@@ -4,29 +4,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use lighter_engine::gc::Collector;
 use lighter_engine::runtime::{self, Launcher, LogLevel, Manager};
 use lighter_engine::streaming::Streams;
 use lighter_proto::any;
-use lighter_proto::containerd::services::introspection::v1::introspection_server::IntrospectionServer;
-use lighter_proto::containerd::services::streaming::v1::streaming_server::StreamingServer;
-use lighter_proto::containerd::services::tasks::v1::tasks_server::TasksServer;
-use lighter_proto::containerd::services::transfer::v1::transfer_server::TransferServer;
-use lighter_proto::containerd::services::version::v1::version_server::VersionServer;
 use lighter_proto::containerd::types::RuntimeRequest;
 use lighter_proto::errdefs::{Classify as _, WireError, render};
 use lighter_store::metadata::Db;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::service::Routes;
 use tracing::{info, warn};
 
 use crate::config::{Config, Socket};
 use crate::plugin::builtins;
+use crate::routes::{Engines, routes};
 use crate::server::{debug, grpc, http, listen, metrics::Metrics, observe::InFlight, ttrpc};
-use crate::services::streaming::StreamingService;
-use crate::services::tasks::TasksService;
-use crate::services::transfer::TransferService;
-use crate::services::{introspection, version};
+use crate::services::introspection;
 use crate::stores::{self, Stores};
 use crate::{shutdown, sys, telemetry, transfers};
 
@@ -140,30 +133,16 @@ impl App {
             &config.warnings,
             Arc::new(Runtimes(tasks.clone())),
         );
-        let (receive, send) = (config.limits.receive_bytes, config.limits.send_bytes);
-        macro_rules! limited {
-            ($server:ident, $service:expr) => {
-                $server::new($service)
-                    .max_decoding_message_size(receive)
-                    .max_encoding_message_size(send)
-            };
-        }
-        let (health, health_server) = tonic_health::server::health_reporter();
-        health
-            .set_service_status("", tonic_health::ServingStatus::Serving)
-            .await;
-        let routes = Routes::new(health_server)
-            .add_service(VersionServer::new(version::VersionService))
-            .add_service(IntrospectionServer::new(introspection))
-            .add_service(limited!(
-                TasksServer,
-                TasksService::new(tasks.clone(), db.containers())
-            ))
-            .add_service(limited!(
-                StreamingServer,
-                StreamingService::new(streams, tracker.clone())
-            ))
-            .add_service(limited!(TransferServer, TransferService::new(transfer)));
+        let engines = Engines {
+            db: db.clone(),
+            tasks: tasks.clone(),
+            collector: Collector::default(),
+            streams,
+            transfer,
+            tracker: tracker.clone(),
+            introspection,
+        };
+        let routes = routes(engines, config.limits).await;
 
         // Listeners: all bound before any is served.
         let report = Arc::new(debug::Report::new(Arc::clone(&in_flight), sections(&tasks)));

@@ -7,6 +7,7 @@ pub mod app;
 pub(crate) mod config;
 pub(crate) mod plugin;
 pub(crate) mod publish;
+pub(crate) mod routes;
 pub(crate) mod server;
 pub mod services;
 pub(crate) mod shutdown;

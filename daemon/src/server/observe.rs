@@ -125,7 +125,7 @@ where
             .unwrap_or_default()
             .to_owned();
         let span = tracing::debug_span!("rpc", rpc = %rpc, namespace = %namespace);
-        let record = Record {
+        let mut record = Record {
             _entered: self.observe.in_flight.enter(Call {
                 rpc: Arc::clone(&rpc),
                 namespace,
@@ -142,6 +142,10 @@ where
         Box::pin(
             async move {
                 let response = answer.await?;
+                // A refusal has its code in the headers and no body to watch.
+                if let Some(code) = response.headers().get("grpc-status") {
+                    record.end(Code::from_bytes(code.as_bytes()));
+                }
                 Ok(response.map(|body| Body::new(Watched { body, record })))
             }
             .instrument(span),

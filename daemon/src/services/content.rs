@@ -1,0 +1,354 @@
+//! `containerd.services.content.v1.Content`
+
+use bytes::Bytes;
+use futures::stream::{self, BoxStream, StreamExt as _};
+use lighter_proto::containerd::services::content::v1 as wire;
+use lighter_proto::containerd::services::content::v1::content_server::Content;
+use lighter_proto::errdefs::{ErrorKind, WireError, into_status};
+use lighter_proto::time::to_timestamp;
+use lighter_store::content::IngestStatus;
+use lighter_store::metadata::content::{BlobInfo, Writer};
+use lighter_store::metadata::{self, Db};
+use lighter_store::{Digest, Scope};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::scope::scope_of;
+use super::wire::{
+    bytes, count, digest, filter, invalid, labels, optional_digest, paths, required, unordered,
+};
+
+/// Records in one message of a list.
+const PAGE: usize = 100;
+/// Bytes in one message of a read.
+const CHUNK_BYTES: u64 = 1 << 20;
+/// Chunks of a read that are under way at a time.
+const READ_AHEAD: usize = 3;
+
+/// Blobs over gRPC.
+#[derive(Debug, Clone)]
+pub(crate) struct ContentService {
+    db: Db,
+}
+
+impl ContentService {
+    /// Over the blobs of `db`.
+    pub(crate) fn new(db: Db) -> Self {
+        Self { db }
+    }
+}
+
+fn encode(info: BlobInfo) -> wire::Info {
+    wire::Info {
+        digest: info.digest.as_str().to_owned(),
+        size: count(info.size_bytes),
+        created_at: Some(to_timestamp(info.created_at)),
+        updated_at: Some(to_timestamp(info.updated_at)),
+        labels: unordered(info.labels),
+    }
+}
+
+fn encode_status(status: IngestStatus) -> wire::Status {
+    wire::Status {
+        started_at: Some(to_timestamp(status.started_at)),
+        updated_at: Some(to_timestamp(status.updated_at)),
+        r#ref: status.reference,
+        offset: count(status.offset_bytes),
+        total: count(status.total_bytes),
+        expected: status.expected.map_or_else(String::new, |d| d.to_string()),
+    }
+}
+
+#[tonic::async_trait]
+impl Content for ContentService {
+    async fn info(
+        &self,
+        request: Request<wire::InfoRequest>,
+    ) -> Result<Response<wire::InfoResponse>, Status> {
+        let scope = scope_of(&request)?;
+        let digest = digest(&request.get_ref().digest)?;
+        let info = self
+            .db
+            .content()
+            .info(&scope, &digest)
+            .map_err(into_status)?;
+        Ok(Response::new(wire::InfoResponse {
+            info: Some(encode(info)),
+        }))
+    }
+
+    async fn update(
+        &self,
+        request: Request<wire::UpdateRequest>,
+    ) -> Result<Response<wire::UpdateResponse>, Status> {
+        let scope = scope_of(&request)?;
+        let r = request.into_inner();
+        let info = required(r.info, "info")?;
+        let digest = digest(&info.digest)?;
+        let mask = paths(r.update_mask);
+        let content = self.db.content();
+        let updated = content.update(&scope, &digest, labels(info.labels), &mask);
+        Ok(Response::new(wire::UpdateResponse {
+            info: Some(encode(updated.await.map_err(into_status)?)),
+        }))
+    }
+
+    type ListStream = BoxStream<'static, Result<wire::ListContentResponse, Status>>;
+
+    async fn list(
+        &self,
+        request: Request<wire::ListContentRequest>,
+    ) -> Result<Response<Self::ListStream>, Status> {
+        let scope = scope_of(&request)?;
+        let filter = filter(&request.get_ref().filters)?;
+        let found = self.db.content().list(&scope, &filter);
+        let pages = stream::iter(found.map_err(into_status)?.into_iter().map(encode));
+        let messages = pages
+            .chunks(PAGE)
+            .map(|info| Ok(wire::ListContentResponse { info }));
+        Ok(Response::new(messages.boxed()))
+    }
+
+    async fn delete(
+        &self,
+        request: Request<wire::DeleteContentRequest>,
+    ) -> Result<Response<()>, Status> {
+        let scope = scope_of(&request)?;
+        let digest = digest(&request.get_ref().digest)?;
+        let deleted = self.db.content().delete(&scope, &digest).await;
+        deleted.map(Response::new).map_err(into_status)
+    }
+
+    type ReadStream = BoxStream<'static, Result<wire::ReadContentResponse, Status>>;
+
+    /// Offsets of the answer count from 0 of this read.
+    async fn read(
+        &self,
+        request: Request<wire::ReadContentRequest>,
+    ) -> Result<Response<Self::ReadStream>, Status> {
+        let scope = scope_of(&request)?;
+        let r = request.get_ref();
+        let digest = digest(&r.digest)?;
+        let reader = self.db.content().reader(&scope, &digest).await;
+        let reader = reader.map_err(into_status)?;
+        let start = u64::try_from(r.offset).unwrap_or(0);
+        let size = reader.size_bytes();
+        if start > size {
+            return Err(into_status(WireError::new(
+                ErrorKind::OutOfRange,
+                format!("read past object length {size} bytes, offset {start}"),
+            )));
+        }
+        let wanted = u64::try_from(r.size).unwrap_or(0);
+        let end = match wanted {
+            0 => size,
+            wanted => start.saturating_add(wanted).min(size),
+        };
+        let chunks = stream::unfold(start, move |at| async move {
+            (at < end)
+                .then(|| (at, at + CHUNK_BYTES.min(end - at)))
+                .map(|(at, next)| ((at, next - at), next))
+        });
+        let messages = chunks
+            .map(move |(at, length)| {
+                let reader = reader.clone();
+                async move {
+                    let length = usize::try_from(length).unwrap_or(usize::MAX);
+                    let data = reader.read_at(at, length).await.map_err(into_status)?;
+                    Ok(wire::ReadContentResponse {
+                        offset: count(at - start),
+                        data,
+                    })
+                }
+            })
+            .buffered(READ_AHEAD);
+        Ok(Response::new(messages.boxed()))
+    }
+
+    async fn status(
+        &self,
+        request: Request<wire::StatusRequest>,
+    ) -> Result<Response<wire::StatusResponse>, Status> {
+        let scope = scope_of(&request)?;
+        let status = self
+            .db
+            .content()
+            .status(&scope, &request.get_ref().r#ref)
+            .await;
+        Ok(Response::new(wire::StatusResponse {
+            status: Some(encode_status(status.map_err(into_status)?)),
+        }))
+    }
+
+    async fn list_statuses(
+        &self,
+        request: Request<wire::ListStatusesRequest>,
+    ) -> Result<Response<wire::ListStatusesResponse>, Status> {
+        let scope = scope_of(&request)?;
+        let filter = filter(&request.get_ref().filters)?;
+        let found = self.db.content().statuses(&scope, &filter).await;
+        let statuses = found.map_err(into_status)?.into_iter();
+        Ok(Response::new(wire::ListStatusesResponse {
+            statuses: statuses.map(encode_status).collect(),
+        }))
+    }
+
+    type WriteStream = BoxStream<'static, Result<wire::WriteContentResponse, Status>>;
+
+    async fn write(
+        &self,
+        request: Request<Streaming<wire::WriteContentRequest>>,
+    ) -> Result<Response<Self::WriteStream>, Status> {
+        let scope = scope_of(&request)?;
+        let session = Session {
+            content: self.db.content(),
+            scope,
+            requests: request.into_inner(),
+            open: None,
+        };
+        let answers = stream::unfold(Some(session), |session| async {
+            let mut session = session?;
+            match session.next().await {
+                Ok(Some((answer, true))) => Some((Ok(answer), None)),
+                Ok(Some((answer, false))) => Some((Ok(answer), Some(session))),
+                Ok(None) => None,
+                Err(status) => Some((Err(status), None)),
+            }
+        });
+        Ok(Response::new(answers.boxed()))
+    }
+
+    async fn abort(&self, request: Request<wire::AbortRequest>) -> Result<Response<()>, Status> {
+        let scope = scope_of(&request)?;
+        let aborted = self
+            .db
+            .content()
+            .abort(&scope, &request.get_ref().r#ref)
+            .await;
+        aborted.map(Response::new).map_err(into_status)
+    }
+}
+
+/// One write stream. Dropping it unlocks the ref and keeps the ingest.
+struct Session {
+    content: metadata::Content,
+    scope: Scope,
+    requests: Streaming<wire::WriteContentRequest>,
+    open: Option<Open>,
+}
+
+/// The ingest that a stream's first message opened.
+struct Open {
+    writer: Writer,
+    total: u64,
+    expected: Option<Digest>,
+}
+
+impl Session {
+    /// Handles the next message; the flag says that its answer is the last.
+    async fn next(&mut self) -> Result<Option<(wire::WriteContentResponse, bool)>, Status> {
+        let Some(request) = self.requests.message().await? else {
+            return Ok(None);
+        };
+        let mut open = self.opened(&request).await?;
+        match request.action() {
+            wire::WriteAction::Stat => {
+                let answer = answer(&mut open, wire::WriteAction::Stat).await?;
+                self.open = Some(open);
+                Ok(Some((answer, false)))
+            }
+            wire::WriteAction::Write => {
+                append(&mut open.writer, request.offset, request.data).await?;
+                let answer = answer(&mut open, wire::WriteAction::Write).await?;
+                self.open = Some(open);
+                Ok(Some((answer, false)))
+            }
+            wire::WriteAction::Commit => {
+                append(&mut open.writer, request.offset, request.data).await?;
+                let mut answer = answer(&mut open, wire::WriteAction::Commit).await?;
+                let Open {
+                    writer,
+                    total,
+                    expected,
+                } = open;
+                let committed = writer
+                    .commit(total, expected.as_ref(), labels(request.labels))
+                    .await
+                    .map_err(into_status)?;
+                answer.digest = committed.to_string();
+                Ok(Some((answer, true)))
+            }
+        }
+    }
+
+    /// The stream's ingest, opened by the first message, with what this one says of it.
+    async fn opened(&mut self, request: &wire::WriteContentRequest) -> Result<Open, Status> {
+        let total = bytes(request.total, "total")?;
+        let expected = optional_digest(&request.expected)?;
+        let Some(mut open) = self.open.take() else {
+            if request.r#ref.is_empty() {
+                return Err(invalid("first message must have a reference"));
+            }
+            let writer = self
+                .content
+                .writer(&self.scope, &request.r#ref, total, expected.as_ref())
+                .await
+                .map_err(into_status)?;
+            return Ok(Open {
+                writer,
+                total,
+                expected,
+            });
+        };
+        if total > 0 {
+            open.total = total;
+        }
+        if let Some(expected) = expected
+            && open.expected.as_ref() != Some(&expected)
+        {
+            if self.content.info(&self.scope, &expected).is_ok() {
+                let reference = open.writer.status().reference;
+                drop(open);
+                let aborted = self.content.abort(&self.scope, &reference).await;
+                aborted.map_err(into_status)?;
+                return Err(into_status(WireError::new(
+                    ErrorKind::AlreadyExists,
+                    format!("content {expected}"),
+                )));
+            }
+            open.expected = Some(expected);
+        }
+        Ok(open)
+    }
+}
+
+/// Appends at `offset`, which must be where the ingest ends; 0 begins anew.
+async fn append(writer: &mut Writer, offset: i64, data: Bytes) -> Result<(), Status> {
+    let current = writer.status().offset_bytes;
+    let offset = bytes(offset, "offset")?;
+    if offset > 0 && offset != current {
+        return Err(into_status(WireError::new(
+            ErrorKind::OutOfRange,
+            format!("write @{offset} must occur at current offset {current}"),
+        )));
+    }
+    if offset == 0 && current > 0 {
+        writer.truncate(0).await.map_err(into_status)?;
+    }
+    writer.write(data).await.map_err(into_status)
+}
+
+async fn answer(
+    open: &mut Open,
+    action: wire::WriteAction,
+) -> Result<wire::WriteContentResponse, Status> {
+    let digest = open.writer.digest().await.map_err(into_status)?;
+    let status = open.writer.status();
+    Ok(wire::WriteContentResponse {
+        action: action.into(),
+        started_at: Some(to_timestamp(status.started_at)),
+        updated_at: Some(to_timestamp(status.updated_at)),
+        offset: count(status.offset_bytes),
+        total: count(open.total.max(status.total_bytes)),
+        digest: digest.to_string(),
+    })
+}
