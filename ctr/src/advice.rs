@@ -157,6 +157,15 @@ impl Advisor {
             Code::Unauthenticated | Code::PermissionDenied => {
                 "give credentials with --user NAME[:PASSWORD]".to_owned()
             }
+            _ if about(&["binary not installed", "invalid custom binary path"]) => {
+                "install that runtime's shim where the daemon finds it (its PATH), or name another \
+                 one with --runtime"
+                    .to_owned()
+            }
+            _ if about(&["executable file not found", "exec: \""]) => {
+                "see that the image has the program: give its path, or run the image's shell"
+                    .to_owned()
+            }
             _ if about(&["authorization failed"]) => {
                 "give credentials with --user NAME[:PASSWORD], or check the spelling of the name"
                     .to_owned()

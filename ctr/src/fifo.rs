@@ -7,7 +7,7 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -93,6 +93,21 @@ impl Drop for Fifos {
         if !self.keep {
             // Nothing to tell anyone: a leftover fifo is harmless and lies on a tmpfs.
             let _ = fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+/// Removes the fifos of a process that is gone, which a detached run left for others. Only fifos,
+/// and only in a directory that was made for them.
+pub(crate) fn discard(paths: &Paths) {
+    for path in [&paths.stdin, &paths.stdout, &paths.stderr].map(Path::new) {
+        let Some(dir) = path.parent() else { continue };
+        let ours = dir.parent().is_some_and(|base| base == default_base());
+        let is_fifo = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_fifo());
+        if ours && is_fifo {
+            // A leftover is harmless; the directory goes with its last fifo.
+            let _ = fs::remove_file(path);
+            let _ = fs::remove_dir(dir);
         }
     }
 }

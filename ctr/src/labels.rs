@@ -34,12 +34,13 @@ pub(crate) fn show(labels: &HashMap<String, String>) -> String {
     if labels.is_empty() {
         return "-".to_owned();
     }
-    let mut pairs: Vec<_> = labels
+    let mut pairs: Vec<_> = labels.iter().collect();
+    pairs.sort();
+    pairs
         .iter()
         .map(|(key, value)| format!("{key}={value}"))
-        .collect();
-    pairs.sort();
-    pairs.join(",")
+        .collect::<Vec<_>>()
+        .join(",")
 }
 
 #[cfg(test)]
@@ -55,7 +56,7 @@ mod tests {
 
     #[test]
     fn labels_are_shown_in_key_order() {
-        assert_eq!(show(&given(&["b=2", "a=1"])), "a=1,b=2");
+        assert_eq!(show(&given(&["b2=2", "b=3", "a=1"])), "a=1,b=3,b2=2");
         assert_eq!(show(&HashMap::new()), "-");
     }
 

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use lighter_proto::containerd::services::leases::v1::{CreateRequest, DeleteRequest};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -37,6 +38,15 @@ pub(crate) async fn create(
     };
     let lease = client.leases().create(request).await?.into_inner().lease;
     Ok(lease.map(|lease| lease.id).unwrap_or_default())
+}
+
+/// A client whose calls carry a lease that is left to expire: what they make stays a day, long
+/// enough for whoever will refer to it.
+pub(crate) async fn leave(client: &Client) -> anyhow::Result<Client> {
+    let id = create(client, "", expiring(OPERATION))
+        .await
+        .context("cannot create a lease")?;
+    client.under_lease(&id)
 }
 
 /// Runs `work` with a client whose calls all carry a new lease; the lease ends with the work.

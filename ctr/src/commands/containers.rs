@@ -18,6 +18,7 @@ use super::{checkpoint, each, tasks};
 use crate::advice::{self, is_not_found};
 use crate::cli::Ctx;
 use crate::client::Client;
+use crate::fifo;
 use crate::flags::ContainerFlags;
 use crate::json::{self, Decoder};
 use crate::labels;
@@ -112,6 +113,7 @@ async fn delete(client: &Client, id: &str, keep_snapshot: bool) -> anyhow::Resul
         Err(status) if is_not_found(&status) => {}
         Ok(task) if matches!(task.status(), Status::Stopped | Status::Created) => {
             Process::init(client, id).delete().await?;
+            fifo::discard(&tasks::streams(&task));
         }
         Ok(task) => {
             let state = task.status().as_str_name().to_ascii_lowercase();

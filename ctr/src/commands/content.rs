@@ -51,7 +51,7 @@ pub(crate) enum Command {
         #[arg(required = true, value_name = "DIGEST")]
         digests: Vec<String>,
     },
-    /// Read a blob from standard input
+    /// Read a blob from standard input; unless something refers to it, it stays for a day
     Ingest(Ingest),
     /// Set and clear labels of a blob
     Label {
@@ -311,8 +311,13 @@ async fn label(ctx: &Ctx, digest: String, args: &[String]) -> anyhow::Result<()>
 impl Ingest {
     async fn run(self, ctx: &Ctx) -> anyhow::Result<()> {
         let (total, expected) = (self.expected_size, self.expected_digest.as_str());
-        let Opened::Writer(mut writer) =
-            Writer::open(&ctx.client, &self.name, total, expected).await?
+        let Opened::Writer(mut writer) = Writer::open(
+            &lease::leave(&ctx.client).await?,
+            &self.name,
+            total,
+            expected,
+        )
+        .await?
         else {
             return table::line(expected);
         };
@@ -361,7 +366,7 @@ impl Edit {
             serde_json::from_slice::<serde_json::Value>(&edited)
                 .context("the result is no JSON: nothing was written")?;
         }
-        let client = ctx.client.clone();
+        let client = lease::leave(&ctx.client).await?;
         table::line(&content::write(&client, edited, HashMap::new()).await?)
     }
 }

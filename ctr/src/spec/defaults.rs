@@ -229,6 +229,14 @@ fn hard_nofile_limit() -> Option<u64> {
     rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum
 }
 
+/// Those of [`ALL_CAPABILITIES`] that we have; all of them where the kernel does not say.
+pub(super) fn own_capabilities() -> impl Iterator<Item = &'static str> {
+    let own = rustix::thread::capabilities(None).map_or(u64::MAX, |sets| sets.effective.bits());
+    let all = ALL_CAPABILITIES.iter().enumerate();
+    all.filter(move |(bit, _)| own & (1 << bit) != 0)
+        .map(|(_, name)| *name)
+}
+
 /// Rules for the devices every container may use.
 pub(super) fn device_rules() -> impl Iterator<Item = DeviceRule> {
     DEVICES

@@ -250,10 +250,8 @@ fn security(spec: &mut Spec, flags: &SecurityFlags) -> anyhow::Result<()> {
 
 /// Everything that a container is normally kept from.
 fn privileged(spec: &mut Spec) {
-    let all: Vec<_> = defaults::ALL_CAPABILITIES
-        .iter()
-        .map(|&name| name.to_owned())
-        .collect();
+    // Ours at most: a runtime started by the same root could not give more.
+    let all: Vec<_> = defaults::own_capabilities().map(str::to_owned).collect();
     let process = spec.process_mut();
     process.capabilities = Some(Capabilities {
         bounding: all.clone(),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use lighter_proto::containerd::v1::types::Status;
+use lighter_proto::containerd::v1::types::{Process as Record, Status};
 
 use super::{TaskOptions, container, create, get, kill_all, spec_of, write_pid_file};
 use crate::advice::{self, is_not_found};
@@ -13,7 +13,7 @@ use crate::cli::Ctx;
 use crate::client::Client;
 use crate::cni::Network;
 use crate::commands::create::{CNI_EXTENSION, STOP_SIGNAL_LABEL};
-use crate::fifo::Paths;
+use crate::fifo::{self, Paths};
 use crate::process::{Process, exit_code};
 use crate::signals;
 
@@ -87,15 +87,22 @@ impl Start {
 /// Joins the streams of a running task; its exit code.
 pub(super) async fn attach(ctx: &Ctx, id: &str) -> anyhow::Result<u8> {
     let record = get(&ctx.client, id, "").await?;
-    let paths = Paths {
-        stdin: record.stdin,
-        stdout: record.stdout,
-        stderr: record.stderr,
-    };
-    let session = Session::join(paths, record.terminal)?;
+    let session = Session::join(streams(&record), record.terminal)?;
     let process = Process::init(&ctx.client, id);
     let outcome = session.run(&process).await?;
+    if matches!(outcome, Outcome::Exited(_)) {
+        fifo::discard(&streams(&record));
+    }
     Ok(outcome.code())
+}
+
+/// Where a process's streams are.
+pub(in crate::commands) fn streams(record: &Record) -> Paths {
+    Paths {
+        stdin: record.stdin.clone(),
+        stdout: record.stdout.clone(),
+        stderr: record.stderr.clone(),
+    }
 }
 
 /// Flags of `kill`.
@@ -165,7 +172,8 @@ impl Delete {
     async fn one(&self, client: &Client, id: &str) -> anyhow::Result<u32> {
         let exec_id = self.exec_id.as_deref().unwrap_or_default();
         let process = Process::exec(client, id, exec_id);
-        match get(client, id, exec_id).await?.status() {
+        let record = get(client, id, exec_id).await?;
+        match record.status() {
             Status::Stopped | Status::Created | Status::Unknown => {}
             running if !self.force => {
                 let state = running.as_str_name().to_ascii_lowercase();
@@ -176,7 +184,9 @@ impl Delete {
             }
             _ => stop(&process, self.exec_id.is_none()).await?,
         }
-        Ok(process.delete().await?)
+        let status = process.delete().await?;
+        fifo::discard(&streams(&record));
+        Ok(status)
     }
 }
 

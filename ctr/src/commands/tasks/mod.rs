@@ -28,7 +28,7 @@ use crate::signals;
 use crate::spec::model::Spec;
 use crate::table;
 
-pub(super) use life::destroy;
+pub(super) use life::{destroy, streams};
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
