@@ -90,97 +90,188 @@ impl Advisor {
     }
 
     fn remedy(&self, status: &Status) -> Option<String> {
-        let message = status.message();
-        let about = |words: &[&str]| words.iter().any(|word| message.contains(word));
-        let scope = format!("in namespace {:?} (another one with -n)", self.namespace);
-        let text = match status.code() {
-            Code::NotFound if about(&["image "]) => {
-                format!(
-                    "see what is there with `ctr images ls` {scope}, or get it with `ctr images pull`; names are full, like docker.io/library/busybox:latest"
-                )
-            }
-            Code::NotFound if about(&["task", "process"]) => {
-                format!(
-                    "see what runs with `ctr tasks ls` {scope}; `ctr tasks start` starts a created container"
-                )
-            }
-            Code::NotFound if about(&["container "]) => {
-                format!("see what is there with `ctr containers ls` {scope}")
-            }
-            Code::NotFound if about(&["snapshot"]) => {
-                format!("see what is there with `ctr snapshots ls` {scope}")
-            }
-            Code::NotFound if about(&["content", "blob", "sha256:"]) => {
-                format!(
-                    "see what is there with `ctr content ls` {scope}; `ctr images check` tells which images are incomplete"
-                )
-            }
-            Code::NotFound if about(&["lease"]) => {
-                format!("see what is there with `ctr leases ls` {scope}")
-            }
-            Code::NotFound if about(&["namespace"]) => {
-                "see them with `ctr namespaces ls`".to_owned()
-            }
-            Code::AlreadyExists => {
-                "choose another name, or remove the existing one first".to_owned()
-            }
-            Code::Unimplemented => format!(
-                "the daemon at {} does not offer this (`ctr version` and `ctr plugins ls` show what \
-                 it is); images have --local for daemons without the transfer service",
-                self.address
-            ),
-            Code::FailedPrecondition if about(&["must be stopped", "running process"]) => {
-                "stop it first with `ctr tasks kill`, or delete with --force".to_owned()
-            }
-            Code::FailedPrecondition if about(&["must be empty"]) => {
-                "remove what it names first".to_owned()
-            }
-            Code::FailedPrecondition if about(&["with child"]) => {
-                "remove its children first; `ctr snapshots tree` shows them".to_owned()
-            }
-            Code::Unavailable if about(&["locked"]) => {
-                "someone else writes the same content: wait, see `ctr content active`, try again"
-                    .to_owned()
-            }
-            Code::Unavailable | Code::Cancelled if about(&["transport", "connect", "closed"]) => {
-                format!(
-                    "the daemon at {} went away: see that it runs, then try again",
-                    self.address
-                )
-            }
-            Code::Unknown if about(&["transport error"]) => {
-                format!(
-                    "the daemon at {} went away: see that it runs, then try again",
-                    self.address
-                )
-            }
-            Code::Unauthenticated | Code::PermissionDenied => {
-                "give credentials with --user NAME[:PASSWORD]".to_owned()
-            }
-            _ if about(&["binary not installed", "invalid custom binary path"]) => {
-                "install that runtime's shim where the daemon finds it (its PATH), or name another \
-                 one with --runtime"
-                    .to_owned()
-            }
-            _ if about(&["executable file not found", "exec: \""]) => {
-                "see that the image has the program: give its path, or run the image's shell"
-                    .to_owned()
-            }
-            _ if about(&["authorization failed"]) => {
-                "give credentials with --user NAME[:PASSWORD], or check the spelling of the name"
-                    .to_owned()
-            }
-            _ if about(&["server gave HTTP response to HTTPS client", "HTTPS client"]) => {
-                "the registry speaks plain HTTP: pass --plain-http".to_owned()
-            }
-            _ if about(&["certificate"]) => {
-                "give its CA with --hosts-dir (a hosts.toml with `ca`), or --skip-verify".to_owned()
-            }
-            _ => return None,
+        let fits = |case: &&Case| {
+            (case.codes.is_empty() || case.codes.contains(&status.code()))
+                && (case.words.is_empty()
+                    || case.words.iter().any(|w| status.message().contains(w)))
         };
-        Some(text)
+        let case = CASES.iter().find(fits)?;
+        let scope = format!("in namespace {:?} (another one with -n)", self.namespace);
+        Some(
+            case.remedy
+                .replace("{scope}", &scope)
+                .replace("{address}", &self.address),
+        )
     }
 }
+
+/// A kind of failure, told by code and by words in its message; none of either means any.
+struct Case {
+    codes: &'static [Code],
+    words: &'static [&'static str],
+    /// May mention `{scope}` (the namespace) and `{address}`.
+    remedy: &'static str,
+}
+
+const fn case(
+    codes: &'static [Code],
+    words: &'static [&'static str],
+    remedy: &'static str,
+) -> Case {
+    Case {
+        codes,
+        words,
+        remedy,
+    }
+}
+
+/// Known failures; the first that fits counts.
+const CASES: &[Case] = &[
+    case(
+        &[],
+        &[
+            "authorization failed",
+            "401 Unauthorized",
+            "no basic auth credentials",
+        ],
+        "give credentials with --user NAME[:PASSWORD], and check the spelling of the name",
+    ),
+    case(
+        &[],
+        &["HTTP response to HTTPS client"],
+        "the registry speaks plain HTTP: pass --plain-http",
+    ),
+    case(
+        &[],
+        &["x509", "certificate"],
+        "name its CA in a hosts.toml (`ca`), and pass that one's directory with --hosts-dir",
+    ),
+    case(
+        &[],
+        &["failed to do request", "connection refused"],
+        "see that the registry runs and that the daemon's host can reach it",
+    ),
+    case(
+        &[Code::NotFound],
+        &["failed to resolve"],
+        "the registry does not have it: check name and tag",
+    ),
+    case(
+        &[Code::NotFound],
+        &["image "],
+        "see what is there with `ctr images ls` {scope}, or get it with `ctr images pull`; names are \
+         full, like docker.io/library/busybox:latest",
+    ),
+    case(
+        &[Code::NotFound],
+        &["task", "process"],
+        "see what runs with `ctr tasks ls` {scope}; `ctr tasks start` starts a created container",
+    ),
+    case(
+        &[Code::NotFound],
+        &["container "],
+        "see what is there with `ctr containers ls` {scope}",
+    ),
+    case(
+        &[Code::NotFound],
+        &["snapshot"],
+        "see what is there with `ctr snapshots ls` {scope}",
+    ),
+    case(
+        &[Code::NotFound],
+        &["lease"],
+        "see what is there with `ctr leases ls` {scope}",
+    ),
+    case(
+        &[Code::NotFound],
+        &["content", "blob", "sha256:"],
+        "see what is there with `ctr content ls` {scope}; `ctr images check` tells which images are \
+         incomplete",
+    ),
+    case(
+        &[Code::NotFound],
+        &["namespace"],
+        "see them with `ctr namespaces ls`",
+    ),
+    case(
+        &[Code::AlreadyExists],
+        &[],
+        "choose another name, or remove the existing one first",
+    ),
+    case(
+        &[Code::Unimplemented],
+        &[],
+        "the daemon at {address} does not offer this (`ctr version` and `ctr plugins ls` show what it \
+         is); images import and export have --local for daemons without the transfer service",
+    ),
+    case(
+        &[Code::FailedPrecondition],
+        &["must be stopped", "running process"],
+        "stop it first with `ctr tasks kill`, or delete with --force",
+    ),
+    case(
+        &[Code::FailedPrecondition],
+        &["must be empty"],
+        "remove what it names first",
+    ),
+    case(
+        &[Code::FailedPrecondition],
+        &["with child"],
+        "remove its children first; `ctr snapshots tree` shows them",
+    ),
+    case(
+        &[Code::Unavailable],
+        &["locked"],
+        "someone else writes the same content: wait, see `ctr content active`, try again",
+    ),
+    case(
+        &[
+            Code::Unavailable,
+            Code::Cancelled,
+            Code::Unknown,
+            Code::Internal,
+        ],
+        &[
+            "transport error",
+            "h2 protocol error",
+            "tcp connect error",
+            "connection closed",
+        ],
+        "the daemon at {address} went away: see that it runs, then try again",
+    ),
+    case(
+        &[],
+        &["binary not installed", "invalid custom binary path"],
+        "install that runtime's shim where the daemon finds it (its PATH), or name another one with \
+         --runtime",
+    ),
+    case(
+        &[],
+        &["executable file not found", "exec: \""],
+        "see that the image has the program: give its path, or run the image's shell",
+    ),
+    case(
+        &[Code::InvalidArgument],
+        &["namespace validation"],
+        "names begin and end with a letter or digit, with single '.', '_' or '-' between",
+    ),
+    case(
+        &[Code::InvalidArgument],
+        &["identifier"],
+        "IDs begin and end with a letter or digit, with single '.', '_' or '-' between; at most 76 \
+         characters",
+    ),
+    case(
+        &[Code::InvalidArgument],
+        &["snapshotter not loaded"],
+        "`ctr plugins ls type==io.containerd.snapshotter.v1` shows those that are",
+    ),
+    case(
+        &[],
+        &["no space left on device"],
+        "make room: `ctr images rm` and `ctr content prune references`, then look at the daemon's root",
+    ),
+];
 
 /// What a status says; its code where it says nothing.
 fn message(status: &Status) -> String {
@@ -234,6 +325,34 @@ mod tests {
         assert_eq!(
             advisor().explain(&error),
             "cannot dine: no seat\n     sit down"
+        );
+    }
+
+    #[test]
+    fn known_failures_have_their_own_remedies() {
+        for (status, remedy) in [
+            (Status::unknown("401 Unauthorized"), "--user"),
+            (
+                Status::not_found("no running task found: task x not found"),
+                "ctr tasks ls",
+            ),
+            (Status::unimplemented("unknown service x"), "/a.sock"),
+            (
+                Status::invalid_argument("snapshotter not loaded: x"),
+                "plugins ls",
+            ),
+            (
+                Status::unknown("runtime \"x\" binary not installed \"y\""),
+                "--runtime",
+            ),
+        ] {
+            let text = advisor().explain(&status.into());
+            assert!(text.contains(remedy), "{text}");
+        }
+        assert!(
+            advisor()
+                .remedy(&Status::unknown("something else"))
+                .is_none()
         );
     }
 

@@ -11,6 +11,7 @@ use time::format_description::well_known::Rfc3339;
 use tonic::Code;
 
 use crate::client::Client;
+use crate::signals::{self, Forwarded, Interrupted};
 
 /// Label naming when a lease ends by itself.
 const EXPIRE: &str = "containerd.io/gc.expire";
@@ -49,7 +50,8 @@ pub(crate) async fn leave(client: &Client) -> anyhow::Result<Client> {
     client.under_lease(&id)
 }
 
-/// Runs `work` with a client whose calls all carry a new lease; the lease ends with the work.
+/// Runs `work` with a client whose calls all carry a new lease; the lease ends with the work, also
+/// when a signal ends that early.
 pub(crate) async fn hold<T, F>(client: &Client, work: impl FnOnce(Client) -> F) -> anyhow::Result<T>
 where
     F: Future<Output = anyhow::Result<T>>,
@@ -61,7 +63,11 @@ where
         Err(error) if lacks_leases(&error) => return work(client.clone()).await,
         Err(error) => return Err(error.context("cannot create a lease")),
     }
-    let outcome = work(client.under_lease(&id)?).await;
+    let mut signals = Forwarded::catch(&signals::ENDING)?;
+    let outcome = tokio::select! {
+        outcome = work(client.under_lease(&id)?) => outcome,
+        signal = signals.next() => Err(Interrupted(signal).into()),
+    };
     let deleted = client
         .leases()
         .delete(DeleteRequest { id, sync: false })

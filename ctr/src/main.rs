@@ -6,6 +6,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use signals::Interrupted;
 
 mod advice;
 mod attach;
@@ -48,7 +49,14 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         // `ctr images ls | head -1` is not a failure.
         Err(error) if table::is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => fail(&advisor.explain(&error)),
+        Err(error) => {
+            let interrupted = error
+                .chain()
+                .find_map(|cause| cause.downcast_ref::<Interrupted>());
+            let code = interrupted.map(|signal| ExitCode::from(signal.code()));
+            let failure = fail(&advisor.explain(&error));
+            code.unwrap_or(failure)
+        }
     }
 }
 

@@ -46,6 +46,21 @@ const REAL_TIME: (u32, u32) = (34, 64);
 pub(crate) const TERM: u32 = 15;
 /// SIGKILL.
 pub(crate) const KILL: u32 = 9;
+/// The signals by which people and systems end a program: HUP, INT, TERM.
+pub(crate) const ENDING: [u32; 3] = [1, 2, TERM];
+
+/// A signal ended the work.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted by signal {0}")]
+pub(crate) struct Interrupted(pub(crate) u32);
+
+impl Interrupted {
+    /// The exit code that shells expect.
+    pub(crate) fn code(&self) -> u8 {
+        EXIT_BASE.saturating_add(u8::try_from(self.0).unwrap_or_default())
+    }
+}
+
 /// Exit code of a process ended by a signal: this plus the signal's number.
 pub(crate) const EXIT_BASE: u8 = 128;
 

@@ -10,6 +10,7 @@ use lighter_proto::containerd::types::transfer::{
     AuthRequest, AuthResponse, AuthType, HttpDebug, OciRegistry, RegistryResolver,
 };
 use prost_types::Any;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::advice;
@@ -25,6 +26,8 @@ pub(crate) struct Pumps {
     running: JoinSet<anyhow::Result<()>>,
     /// What must have come to its end before the transfer counts as done.
     awaited: JoinSet<anyhow::Result<()>>,
+    /// Tells the downloads when the transfer is done.
+    finished: watch::Sender<bool>,
 }
 
 impl Pumps {
@@ -48,7 +51,8 @@ impl Pumps {
     ) -> anyhow::Result<String> {
         let stream = Stream::open(client, "export").await?;
         let id = stream.id().to_owned();
-        self.awaited.spawn(stream.download(sink));
+        self.awaited
+            .spawn(stream.download_archive(sink, self.finished.subscribe()));
         Ok(id)
     }
 
@@ -133,6 +137,7 @@ impl Pumps {
         // The daemon ends the progress stream with the transfer.
         let _ = tokio::time::timeout(LAST_WORDS, shown.join_next()).await;
         outcome?;
+        self.finished.send_replace(true);
         while let Some(ended) = self.awaited.join_next().await {
             ended??;
         }
