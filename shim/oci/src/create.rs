@@ -13,7 +13,7 @@ use rustix::net::{
 use crate::cgroup::{CgroupView, Entry, Group};
 use crate::channel::{Channel, Message};
 use crate::error::{Context, Error, Result};
-use crate::init::rootfs::{self, RootChange, Sources};
+use crate::init::rootfs::{self, Opened, RootChange, Sources};
 use crate::init::{Init, Waits, identity, never_return};
 use crate::namespaces::{ForChildren, Namespaces, write_id_maps};
 use crate::request::{CreateRequest, Created, Parentage, RootMode, Stdio};
@@ -120,12 +120,7 @@ impl Creation<'_> {
             self.make_group(group, &mut undo)?;
         }
         let (parent_end, child_end) = Channel::pair()?;
-        let child = self.clone_init(
-            undo.group.as_ref().filter(|_| !systemd),
-            systemd,
-            &parent_end,
-            child_end,
-        )?;
+        let child = self.clone_init(undo.group.as_ref(), systemd, &parent_end, child_end)?;
         let unit = match (&undo.group, systemd) {
             (Some(group), true) => Some(self.make_scope(group, child.pid)?),
             _ => None,
@@ -203,13 +198,12 @@ impl Creation<'_> {
         parent_end: &Channel,
         child_end: Channel,
     ) -> Result<Newborn> {
-        let entry = group.map_or_else(|| Ok(Entry::Writes(Vec::new())), |group| group.entry(""))?;
-        let foreign_user = self.namespaces.separate(libc::CLONE_NEWUSER);
-        let sources = if foreign_user && self.namespaces.separate(libc::CLONE_NEWNS) {
-            rootfs::open_sources(self.spec(), self.request.bundle, &self.rootfs)?
-        } else {
-            Sources::default()
+        let entry = match group.filter(|_| !systemd) {
+            Some(group) => group.entry("")?,
+            None => Entry::Writes(Vec::new()),
         };
+        let foreign_user = self.namespaces.separate(libc::CLONE_NEWUSER);
+        let sources = self.open_sources(foreign_user)?;
         let start = self.directory.make_start()?;
         let failure = self.directory.make_failure()?;
         let joined_pid = self
@@ -226,14 +220,9 @@ impl Creation<'_> {
             Entry::Born(directory) => (Some(directory), Vec::new()),
             Entry::Writes(files) => (None, files),
         };
-        let hooks = self.spec().hooks.as_ref();
         let waits = Waits {
             go: foreign_user || systemd,
-            hooks: hooks.is_some_and(|hooks| {
-                !(hooks.prestart.is_empty()
-                    && hooks.create_runtime.is_empty()
-                    && hooks.create_container.is_empty())
-            }),
+            hooks: self.has_create_hooks(),
         };
         let birth = Birth {
             request: CloneRequest {
@@ -243,12 +232,7 @@ impl Creation<'_> {
             },
             through_helper: self.namespaces.joins(libc::CLONE_NEWUSER).is_some(),
         };
-        let view = group.map_or(
-            CgroupView::Legacy {
-                hierarchies: Vec::new(),
-            },
-            Group::view,
-        );
+        let view = group.map_or_else(CgroupView::none, Group::view);
         let child = |channel: Channel, joined: bool| {
             let init = Init {
                 id: self.request.id,
@@ -284,6 +268,27 @@ impl Creation<'_> {
         )?;
         drop((joined_pid, own_time));
         Ok(child)
+    }
+
+    fn open_sources(&self, foreign_user: bool) -> Result<Sources> {
+        if !self.namespaces.separate(libc::CLONE_NEWNS) {
+            return Ok(Sources::default());
+        }
+        let which = if foreign_user {
+            Opened::All
+        } else {
+            Opened::Mapped
+        };
+        rootfs::open_sources(self.spec(), self.request.bundle, &self.rootfs, which)
+    }
+
+    /// Whether anything runs between the mounts and the change of root.
+    fn has_create_hooks(&self) -> bool {
+        self.spec().hooks.as_ref().is_some_and(|hooks| {
+            !(hooks.prestart.is_empty()
+                && hooks.create_runtime.is_empty()
+                && hooks.create_container.is_empty())
+        })
     }
 
     /// A user who maps only himself has given up setgroups.

@@ -319,7 +319,7 @@ mod tests {
                 {"names":["personality"],"action":"SCMP_ACT_ALLOW","args":[{"index":0,"value":8,"op":"SCMP_CMP_EQ"}]}]}"#,
         ))
         .unwrap();
-        assert!(!program.code.is_empty() && program.code.len() % 8 == 0);
+        assert!(!program.code.is_empty() && program.code.len().is_multiple_of(8));
         assert_eq!(program.flags, FLAG_SPEC_ALLOW);
         let text = serde_json::to_string(&program).unwrap();
         assert_eq!(

@@ -95,10 +95,8 @@ pub(crate) fn clone3(request: &CloneRequest<'_>) -> io::Result<Fork> {
     }
     let pid = i32::try_from(pid).expect("process ids fit in an int");
     // SAFETY: with CLONE_PIDFD the kernel stored a fresh descriptor here.
-    Ok(Fork::Parent {
-        pid,
-        pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
-    })
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Fork::Parent { pid, pidfd })
 }
 
 trait IntoU64 {
@@ -747,8 +745,9 @@ pub(crate) fn bpf_device_filters(cgroup: BorrowedFd<'_>) -> io::Result<Vec<Owned
 
 /// A real-time signal by number.
 pub(crate) fn realtime_signal(number: i32) -> Option<rustix::process::Signal> {
+    if !(libc::SIGRTMIN()..=libc::SIGRTMAX()).contains(&number) {
+        return None;
+    }
     // SAFETY: real-time signals that libc does not keep for itself may be sent by anybody.
-    (libc::SIGRTMIN()..=libc::SIGRTMAX())
-        .contains(&number)
-        .then(|| unsafe { rustix::process::Signal::from_raw_unchecked(number) })
+    Some(unsafe { rustix::process::Signal::from_raw_unchecked(number) })
 }

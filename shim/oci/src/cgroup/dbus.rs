@@ -134,7 +134,7 @@ fn message(
             header.bytes.push(code);
             header.signature(kind);
             if kind == "g" {
-                header.signature(value)
+                header.signature(value);
             } else {
                 header.text(value);
             }

@@ -62,6 +62,15 @@ pub(crate) enum CgroupView {
     Legacy { hierarchies: Vec<HierarchyView> },
 }
 
+impl CgroupView {
+    /// Nothing to show.
+    pub(crate) fn none() -> Self {
+        Self::Legacy {
+            hierarchies: Vec::new(),
+        }
+    }
+}
+
 /// One v1 hierarchy as a container sees it.
 #[derive(Clone, Debug)]
 pub(crate) struct HierarchyView {

@@ -109,32 +109,10 @@ pub(super) fn read_v1(directories: &[Directory]) -> Result<Stats> {
     if !directories.iter().any(|directory| directory.path.is_dir()) {
         return Err(Error::State("cgroup does not exist".into()));
     }
-    let mut stats = Stats::default();
-    if let Some(path) = v1::find(directories, "cpuacct") {
-        stats.cpu.total = fs::number(path, "cpuacct.usage").unwrap_or(0);
-        stats.cpu.per_cpu = fs::read(path, "cpuacct.usage_percpu")
-            .unwrap_or_default()
-            .split_whitespace()
-            .filter_map(|value| value.parse().ok())
-            .collect();
-        for (key, value) in fs::pairs(path, "cpuacct.stat") {
-            match key.as_str() {
-                "user" => stats.cpu.user = value * TICK_NS,
-                "system" => stats.cpu.kernel = value * TICK_NS,
-                _ => {}
-            }
-        }
-    }
-    if let Some(path) = v1::find(directories, "cpu") {
-        for (key, value) in fs::pairs(path, "cpu.stat") {
-            match key.as_str() {
-                "nr_periods" => stats.cpu.periods = value,
-                "nr_throttled" => stats.cpu.throttled_periods = value,
-                "throttled_time" => stats.cpu.throttled_time = value,
-                _ => {}
-            }
-        }
-    }
+    let mut stats = Stats {
+        cpu: cpu_v1(directories),
+        ..Stats::default()
+    };
     if let Some(path) = v1::find(directories, "memory") {
         let number = |file| fs::number(path, file).unwrap_or(0);
         stats.memory = MemoryStats {
@@ -192,6 +170,36 @@ pub(super) fn read_v1(directories: &[Directory]) -> Result<Stats> {
         }
     }
     Ok(stats)
+}
+
+fn cpu_v1(directories: &[Directory]) -> CpuStats {
+    let mut stats = CpuStats::default();
+    if let Some(path) = v1::find(directories, "cpuacct") {
+        stats.total = fs::number(path, "cpuacct.usage").unwrap_or(0);
+        stats.per_cpu = fs::read(path, "cpuacct.usage_percpu")
+            .unwrap_or_default()
+            .split_whitespace()
+            .filter_map(|value| value.parse().ok())
+            .collect();
+        for (key, value) in fs::pairs(path, "cpuacct.stat") {
+            match key.as_str() {
+                "user" => stats.user = value * TICK_NS,
+                "system" => stats.kernel = value * TICK_NS,
+                _ => {}
+            }
+        }
+    }
+    if let Some(path) = v1::find(directories, "cpu") {
+        for (key, value) in fs::pairs(path, "cpu.stat") {
+            match key.as_str() {
+                "nr_periods" => stats.periods = value,
+                "nr_throttled" => stats.throttled_periods = value,
+                "throttled_time" => stats.throttled_time = value,
+                _ => {}
+            }
+        }
+    }
+    stats
 }
 
 fn blkio_v1(text: &str) -> Vec<BlkioEntry> {
@@ -274,6 +282,31 @@ pub(super) fn read_v2(path: &Path) -> Result<Stats> {
         current: number("pids.current"),
         limit: limit_or_zero(path, "pids.max"),
     };
+    let (bytes, counts) = io_v2(path);
+    stats.blkio.insert("ioServiceBytesRecursive".into(), bytes);
+    stats.blkio.insert("ioServicedRecursive".into(), counts);
+    for size in huge_page_sizes() {
+        if let Some(usage) = fs::number(path, &format!("hugetlb.{size}.current")) {
+            let events = fs::pairs(path, &format!("hugetlb.{size}.events"));
+            let failcnt = events
+                .iter()
+                .find(|(key, _)| key == "max")
+                .map_or(0, |(_, value)| *value);
+            stats.hugetlb.insert(
+                size,
+                HugetlbStats {
+                    usage,
+                    max: 0,
+                    failcnt,
+                },
+            );
+        }
+    }
+    Ok(stats)
+}
+
+/// Bytes and operations by device.
+fn io_v2(path: &Path) -> (Vec<BlkioEntry>, Vec<BlkioEntry>) {
     let (mut bytes, mut counts) = (Vec::new(), Vec::new());
     for line in fs::read(path, "io.stat").unwrap_or_default().lines() {
         let mut words = line.split(' ');
@@ -299,26 +332,7 @@ pub(super) fn read_v2(path: &Path) -> Result<Stats> {
             });
         }
     }
-    stats.blkio.insert("ioServiceBytesRecursive".into(), bytes);
-    stats.blkio.insert("ioServicedRecursive".into(), counts);
-    for size in huge_page_sizes() {
-        if let Some(usage) = fs::number(path, &format!("hugetlb.{size}.current")) {
-            let events = fs::pairs(path, &format!("hugetlb.{size}.events"));
-            let failcnt = events
-                .iter()
-                .find(|(key, _)| key == "max")
-                .map_or(0, |(_, value)| *value);
-            stats.hugetlb.insert(
-                size,
-                HugetlbStats {
-                    usage,
-                    max: 0,
-                    failcnt,
-                },
-            );
-        }
-    }
-    Ok(stats)
+    (bytes, counts)
 }
 
 fn pressure(path: &Path, file: &str) -> Option<PressureStats> {

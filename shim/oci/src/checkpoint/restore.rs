@@ -78,30 +78,8 @@ pub(super) fn restore(
         undo.group = Some(group.clone());
         group.create(linux.resources.as_ref(), true)?;
     }
-    let root = CriuRoot::mount(&rootfs, directory.path.join("criu-root"))?;
     let pid_file = directory.path.join("criu.pid");
-    let log = "restore.log";
-    let mut command = choices.command("restore", log);
-    command
-        .args(["--restore-detached", "--root"])
-        .arg(&root.0)
-        .arg("--pidfile")
-        .arg(&pid_file);
-    for (place, source) in external_mounts(spec, bundle)? {
-        command
-            .arg("--external")
-            .arg(format!("mnt[{}]:{}", place.display(), source.display()));
-    }
-    for path in &linux.masked_paths {
-        if !rootfs.join(path.trim_start_matches('/')).is_dir() {
-            command
-                .arg("--external")
-                .arg(format!("mnt[{path}]:/dev/null"));
-        }
-    }
-    inherit_streams(&mut command, &choices.images)?;
-    choices.run(command, "restore", log)?;
-    drop(root);
+    run_criu(&directory, bundle, spec, &rootfs, choices, &pid_file)?;
     let pid: i32 = fs::read_to_string(&pid_file)
         .ok()
         .and_then(|text| text.trim().parse().ok())
@@ -152,6 +130,41 @@ pub(super) fn restore(
         pidfd,
         console: None,
     })
+}
+
+fn run_criu(
+    directory: &Directory,
+    bundle: &Path,
+    spec: &Spec,
+    rootfs: &Path,
+    choices: &Choices,
+    pid_file: &Path,
+) -> Result<()> {
+    let linux = spec.linux.as_ref().expect("validated");
+    let root = CriuRoot::mount(rootfs, directory.path.join("criu-root"))?;
+    let log = "restore.log";
+    let mut command = choices.command("restore", log);
+    command
+        .args(["--restore-detached", "--root"])
+        .arg(&root.0)
+        .arg("--pidfile")
+        .arg(pid_file);
+    for (place, source) in external_mounts(spec, bundle)? {
+        command
+            .arg("--external")
+            .arg(format!("mnt[{}]:{}", place.display(), source.display()));
+    }
+    for path in &linux.masked_paths {
+        if !rootfs.join(path.trim_start_matches('/')).is_dir() {
+            command
+                .arg("--external")
+                .arg(format!("mnt[{path}]:/dev/null"));
+        }
+    }
+    inherit_streams(&mut command, &choices.images)?;
+    choices.run(command, "restore", log)?;
+    drop(root);
+    Ok(())
 }
 
 /// Pipes that init had as streams become the streams of this process.

@@ -52,8 +52,22 @@ pub(crate) struct Tree {
     propagation: (u64, bool),
 }
 
-/// Opens what the parent has to open for a process in another user namespace.
-pub(crate) fn open_sources(spec: &Spec, bundle: &Path, rootfs: &Path) -> Result<Sources> {
+/// Which sources the parent opens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Opened {
+    /// All, for a process in another user namespace.
+    All,
+    /// Those whose ids are mapped: the mapping is written through the /proc of the parent's pid namespace.
+    Mapped,
+}
+
+/// Opens what the parent has to open.
+pub(crate) fn open_sources(
+    spec: &Spec,
+    bundle: &Path,
+    rootfs: &Path,
+    which: Opened,
+) -> Result<Sources> {
     let slave = |tree: OwnedFd| {
         // Not a peer of the host's mounts: nothing mounted in the container may reach the host.
         let change = AttrChange {
@@ -65,20 +79,23 @@ pub(crate) fn open_sources(spec: &Spec, bundle: &Path, rootfs: &Path) -> Result<
             .context(|| "set propagation of a mount source")
             .map(|()| tree)
     };
-    let root = slave(clone_tree(rootfs)?)?;
-    let mut binds = Vec::with_capacity(spec.mounts.len());
+    let mut sources = Sources::default();
+    if which == Opened::All {
+        sources.root = Some(slave(clone_tree(rootfs)?)?);
+    }
     for mount in &spec.mounts {
         let options = options::Options::parse(&mount.options)?;
-        binds.push(if attach::is_bind(mount, &options) && !options.remount {
-            Some(slave(attach::bind_tree(bundle, mount, &options)?)?)
-        } else {
-            None
-        });
+        let wanted =
+            which == Opened::All || options.idmap.is_some() || !mount.uid_mappings.is_empty();
+        sources.binds.push(
+            if wanted && attach::is_bind(mount, &options) && !options.remount {
+                Some(slave(attach::bind_tree(bundle, mount, &options)?)?)
+            } else {
+                None
+            },
+        );
     }
-    Ok(Sources {
-        root: Some(root),
-        binds,
-    })
+    Ok(sources)
 }
 
 fn clone_tree(path: &Path) -> Result<OwnedFd> {

@@ -206,9 +206,8 @@ fn attach_filesystem(
             mount.source
         ))
     });
-    let made = match made? {
-        Some(made) => made,
-        None => return mount_with_long_options(site, mount, options, &target, destination),
+    let Some(made) = made? else {
+        return mount_with_long_options(site, mount, options, &target, destination);
     };
     if mount.kind == "tmpfs" && options.tmp_copy_up {
         let from = rustix::fs::openat(

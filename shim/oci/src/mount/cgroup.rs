@@ -117,7 +117,7 @@ fn new_v1_mount(hierarchy: &HierarchyView) -> Result<OwnedFd> {
                 rustix::mount::fsconfig_set_string(&context, "name", name).context(what)?;
             }
             None => {
-                rustix::mount::fsconfig_set_flag(&context, controller.as_str()).context(what)?
+                rustix::mount::fsconfig_set_flag(&context, controller.as_str()).context(what)?;
             }
         }
     }
