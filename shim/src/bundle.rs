@@ -139,6 +139,10 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// `Io`.
 pub(crate) fn record(bundle: &Path, options: &Options) -> Result<()> {
+    if *options == Options::default() {
+        // What is not there reads as the defaults.
+        return Ok(());
+    }
     let stored = StoredOptions {
         no_pivot_root: options.no_pivot_root,
         no_new_keyring: options.no_new_keyring,

@@ -49,11 +49,19 @@ pub(crate) struct Serving {
     pub(crate) socket_dir: PathBuf,
 }
 
+/// The socket's file, removed when this is dropped and not again: a successor may have the name then.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        socket::remove(&self.0);
+    }
+}
+
 /// Serves until told to end, then removes the socket.
 pub(crate) fn run(serving: Serving) {
     sys::tune_allocator();
     log::init(&serving.bundle, serving.request.debug);
-    let socket = serving.socket.clone();
     if let Err(error) = nix::sys::prctl::set_child_subreaper(true) {
         warn!(%error, "cannot adopt orphans: exits of containers will be missed");
     }
@@ -68,16 +76,17 @@ pub(crate) fn run(serving: Serving) {
     if let Err(error) = served {
         error!(%error, "shim failed");
     }
-    socket::remove(&socket);
 }
 
 async fn serve(serving: Serving) -> Result<()> {
     let Serving {
         request,
         listener,
+        socket,
         socket_dir,
         ..
     } = serving;
+    let socket = SocketFile(socket);
     let tracker = TaskTracker::new();
     let reaper = Reaper::default();
     let publisher = Publisher::new(request.namespace.clone(), &request.ttrpc_address);
@@ -116,6 +125,8 @@ async fn serve(serving: Serving) -> Result<()> {
         _ = int.recv() => info!("SIGINT"),
         () = idle(&shim, &connections) => info!("nothing to serve and nobody connected"),
     }
+    // A container that joins the group from now on gets a shim of its own.
+    drop(socket);
     for _ in 0..LAST_TURNS {
         tokio::task::yield_now().await;
     }

@@ -75,9 +75,15 @@ pub(crate) fn make_directory(dir: &Path) -> Result<()> {
 
 /// Binds the socket, or finds that it is served.
 ///
+/// The directory is locked meanwhile: a socket that is bound and does not listen yet would look dead
+/// to another `start` of the group.
+///
 /// # Errors
 /// `Io`.
 pub(crate) fn bind(path: &Path) -> Result<Bound> {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    let lock = std::fs::File::open(dir).map_err(Error::io("open", dir))?;
+    lock.lock().map_err(Error::io("lock", dir))?;
     // The second attempt follows the removal of what a dead shim left.
     for _ in 0..2 {
         // Nobody can connect between the bind and a chmod: the mask makes it 0600 at once.
@@ -107,6 +113,13 @@ pub(crate) fn remove(path: &Path) {
 
 /// Removes a socket that nobody serves.
 pub(crate) fn remove_dead(path: &Path) {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    let Ok(lock) = std::fs::File::open(dir) else {
+        return;
+    };
+    if lock.lock().is_err() {
+        return;
+    }
     if UnixStream::connect(path).is_err() {
         remove(path);
     }

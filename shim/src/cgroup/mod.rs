@@ -98,8 +98,38 @@ impl Cgroup {
     pub(crate) fn of(pid: u32) -> Result<Self> {
         let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
         let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        Self::parse(&text, hierarchies())
+        Self::usual(&text, Path::new("/sys/fs/cgroup"))
+            .or_else(|| Self::parse(&text, hierarchies()))
             .ok_or_else(|| Error::NotFound("cgroup does not exist".to_owned()))
+    }
+
+    /// The directories where nearly every host has them; `None` unless all are there. The table of
+    /// mounts, which grows with the containers of the host, need not be read then.
+    fn usual(text: &str, root: &Path) -> Option<Self> {
+        let mut controllers = BTreeMap::new();
+        let mut unified = None;
+        for line in text.lines() {
+            let mut parts = line.splitn(3, ':');
+            let (_, names, path) = (parts.next()?, parts.next()?, parts.next()?);
+            let below = path.trim_start_matches('/');
+            if names.is_empty() {
+                unified = Some(root.join(below));
+                continue;
+            }
+            for name in names.split(',').filter(|name| !name.starts_with("name=")) {
+                let dir = root.join(name).join(below);
+                if !dir.is_dir() {
+                    return None;
+                }
+                controllers.insert(name.to_owned(), dir);
+            }
+        }
+        if !controllers.is_empty() {
+            return Some(Self::V1(controllers));
+        }
+        unified
+            .filter(|dir| dir.join("cgroup.procs").exists())
+            .map(Self::V2)
     }
 
     fn parse(text: &str, hierarchies: &[Hierarchy]) -> Option<Self> {
@@ -274,6 +304,26 @@ mod tests {
             panic!()
         };
         assert_eq!(dir, Path::new("/sys/fs/cgroup/a/b"));
+    }
+
+    #[test]
+    fn the_usual_places_are_used_only_when_all_are_there() {
+        let root = tempfile::tempdir().unwrap();
+        let text = "3:memory:/c\n2:cpu,cpuacct:/c\n0::/c\n";
+        std::fs::create_dir_all(root.path().join("memory/c")).unwrap();
+        std::fs::create_dir_all(root.path().join("cpu/c")).unwrap();
+        assert!(Cgroup::usual(text, root.path()).is_none());
+        std::fs::create_dir_all(root.path().join("cpuacct/c")).unwrap();
+        assert!(
+            matches!(Cgroup::usual(text, root.path()), Some(Cgroup::V1(all)) if all.len() == 3)
+        );
+        assert!(Cgroup::usual("0::/c\n", root.path()).is_none());
+        std::fs::create_dir_all(root.path().join("c")).unwrap();
+        std::fs::write(root.path().join("c/cgroup.procs"), "").unwrap();
+        assert!(matches!(
+            Cgroup::usual("0::/c\n", root.path()),
+            Some(Cgroup::V2(_))
+        ));
     }
 
     #[test]
