@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use lighter_engine::differ::Differ;
 use lighter_engine::gc::Collector;
 use lighter_engine::runtime::{self, Launcher, LogLevel, Manager};
 use lighter_engine::streaming::Streams;
@@ -137,6 +138,13 @@ impl App {
             db: db.clone(),
             tasks: tasks.clone(),
             collector: Collector::default(),
+            differ: Differ {
+                content: db.content(),
+                processors: transfers::processors(&config),
+                limits: lighter_engine::diff::Limits::default(),
+                sync_fs: config.plugins.diff.sync_fs,
+                temp_dir: config.temp.clone().unwrap_or_else(std::env::temp_dir),
+            },
             streams,
             transfer,
             tracker: tracker.clone(),

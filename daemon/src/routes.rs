@@ -1,11 +1,13 @@
 //! Which services are served, over which engines, and how large their messages may be.
 
+use lighter_engine::differ::Differ;
 use lighter_engine::gc::Collector;
 use lighter_engine::runtime::Manager;
 use lighter_engine::streaming::Streams;
 use lighter_engine::transfer::Transfer;
 use lighter_proto::containerd::services::containers::v1::containers_server::ContainersServer;
 use lighter_proto::containerd::services::content::v1::content_server::ContentServer;
+use lighter_proto::containerd::services::diff::v1::diff_server::DiffServer;
 use lighter_proto::containerd::services::events::v1::events_server::EventsServer;
 use lighter_proto::containerd::services::images::v1::images_server::ImagesServer;
 use lighter_proto::containerd::services::introspection::v1::introspection_server::IntrospectionServer;
@@ -23,6 +25,7 @@ use tonic::service::Routes;
 use crate::config::MessageLimits;
 use crate::services::containers::ContainersService;
 use crate::services::content::ContentService;
+use crate::services::diff::DiffService;
 use crate::services::events::EventsService;
 use crate::services::images::ImagesService;
 use crate::services::introspection::IntrospectionService;
@@ -42,6 +45,8 @@ pub(crate) struct Engines {
     pub(crate) tasks: Manager,
     /// Garbage collection.
     pub(crate) collector: Collector,
+    /// Layers to mounts and back.
+    pub(crate) differ: Differ,
     /// Named streams.
     pub(crate) streams: Streams,
     /// Transfers.
@@ -65,6 +70,7 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
         db,
         tasks,
         collector,
+        differ,
         streams,
         transfer,
         tracker,
@@ -79,6 +85,7 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
     Routes::new(health_server)
         .add_service(limited!(VersionServer, VersionService))
         .add_service(limited!(IntrospectionServer, introspection))
+        .add_service(limited!(DiffServer, DiffService::new(differ)))
         .add_service(limited!(EventsServer, EventsService::new(&db)))
         .add_service(limited!(
             NamespacesServer,

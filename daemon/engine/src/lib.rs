@@ -4,8 +4,10 @@
 //! use the stores below and never the other way round.
 
 pub mod diff;
+pub mod differ;
 pub mod gc;
 pub mod image;
+mod ingest;
 pub mod mounts;
 pub mod registry;
 pub mod runtime;

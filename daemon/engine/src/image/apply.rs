@@ -90,7 +90,7 @@ impl Applier for LocalApplier {
 }
 
 /// A blob as a blocking reader, wherever it is.
-fn blocking(reader: BlobReader) -> Result<Box<dyn Read + Send>, WireError> {
+pub(crate) fn blocking(reader: BlobReader) -> Result<Box<dyn Read + Send>, WireError> {
     match reader.clone().into_std() {
         Ok(local) => return Ok(local),
         Err(error) if error.kind() == ErrorKind::Unimplemented => {}

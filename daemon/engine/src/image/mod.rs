@@ -17,6 +17,7 @@ pub mod platform;
 mod progress;
 mod unpack;
 
+pub(crate) use self::apply::blocking;
 pub use self::apply::{Applied, Applier, LocalApplier};
 pub use self::descriptor::Descriptor;
 pub use self::error::Error;

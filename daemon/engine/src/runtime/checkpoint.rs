@@ -4,19 +4,19 @@ use std::io::{self, Read, Write};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use bytes::Bytes;
 use lighter_proto::any;
 use lighter_proto::containerd::runc::v1::{CheckpointOptions, Options};
 use lighter_proto::containerd::types::Descriptor;
+use lighter_proto::errdefs::{ErrorKind, WireError};
 use lighter_store::metadata::{Container, Content};
 use lighter_store::{Digest, Error as StoreError, Labels, Scope};
 use prost::Message as _;
 use prost_types::Any;
-use tokio::sync::mpsc;
 
 use super::bundle::Bundle;
 use super::error::Error;
 use super::manager::{CreateTask, Manager, Shared};
+use crate::ingest::{Chunks, ingest};
 
 /// Media type of criu's files in a tar.
 const CRIU_TAR: &str = "application/vnd.containerd.container.criu.checkpoint.criu.tar";
@@ -24,10 +24,6 @@ const CRIU_TAR: &str = "application/vnd.containerd.container.criu.checkpoint.cri
 const CONFIG: &str = "application/vnd.containerd.container.checkpoint.config.v1+proto";
 /// On the descriptor: a directory to restore from in place of the blob.
 const RESTORE_FROM: &str = "RestoreFromPath";
-/// Bytes of the tar handed on at once.
-const CHUNK_BYTES: usize = 1 << 20;
-/// Chunks that wait to be written.
-const CHUNKS: usize = 4;
 /// Most files of a checkpoint.
 const MAX_FILES: usize = 100_000;
 
@@ -62,7 +58,7 @@ impl Manager {
         let content = self.shared.db.content();
         let reference = format!("checkpoint-{}-{}", container.id, rand::random::<u64>());
         let images = store_tar(&content, scope, &format!("{reference}-criu"), dir.path()).await?;
-        let spec = Bytes::from(container.spec.encode_to_vec());
+        let spec = container.spec.encode_to_vec();
         let config = store_bytes(&content, scope, &format!("{reference}-config"), spec).await?;
         Ok(vec![images, config])
     }
@@ -72,16 +68,11 @@ async fn store_bytes(
     content: &Content,
     scope: &Scope,
     reference: &str,
-    bytes: Bytes,
+    bytes: Vec<u8>,
 ) -> Result<Descriptor, Error> {
-    let (sender, chunks) = mpsc::channel(1);
-    let size = bytes.len();
-    sender
-        .try_send(Ok(bytes))
-        .expect("an empty channel has room");
-    drop(sender);
-    let digest = store(content, scope, reference, chunks).await?.0;
-    Ok(descriptor(CONFIG, &digest, size as u64))
+    let produce = move |out: &mut Chunks| out.write_all(&bytes).map_err(|e| packing(&e));
+    let blob = ingest(content, scope, reference, produce, |()| Labels::new()).await?;
+    Ok(descriptor(CONFIG, &blob.digest, blob.size_bytes))
 }
 
 async fn store_tar(
@@ -90,51 +81,18 @@ async fn store_tar(
     reference: &str,
     dir: &Path,
 ) -> Result<Descriptor, Error> {
-    let (sender, chunks) = mpsc::channel(CHUNKS);
     let source = dir.to_owned();
-    let pack = tokio::task::spawn_blocking(move || {
-        let failed = sender.clone();
-        let mut tar = tar::Builder::new(Chunks::new(sender));
-        let packed = tar
-            .append_dir_all(".", &source)
-            .and_then(|()| tar.into_inner())
-            .and_then(|mut chunks| chunks.flush());
-        if let Err(error) = packed {
-            // The store must not take what there is for the whole.
-            let _gone = failed.blocking_send(Err(error));
-        }
-    });
-    let stored = store(content, scope, reference, chunks).await;
-    let _joined = pack.await;
-    let (digest, size) = stored?;
-    Ok(descriptor(CRIU_TAR, &digest, size))
+    let produce = move |out: &mut Chunks| {
+        let mut tar = tar::Builder::new(out);
+        let packed = tar.append_dir_all(".", &source).and_then(|()| tar.finish());
+        packed.map_err(|e| packing(&e))
+    };
+    let blob = ingest(content, scope, reference, produce, |()| Labels::new()).await?;
+    Ok(descriptor(CRIU_TAR, &blob.digest, blob.size_bytes))
 }
 
-/// Writes chunks as a blob; its digest and size. A blob that is there already is as good.
-async fn store(
-    content: &Content,
-    scope: &Scope,
-    reference: &str,
-    mut chunks: mpsc::Receiver<io::Result<Bytes>>,
-) -> Result<(Digest, u64), Error> {
-    let mut writer = content.writer(scope, reference, 0, None).await?;
-    while let Some(chunk) = chunks.recv().await {
-        let written = match chunk {
-            Ok(chunk) => writer.write(chunk).await.map_err(Error::from),
-            Err(error) => Err(Error::io("pack", reference)(error)),
-        };
-        if let Err(error) = written {
-            drop(writer);
-            let _gone = content.abort(scope, reference).await;
-            return Err(error);
-        }
-    }
-    let digest = writer.digest().await?;
-    let size = writer.status().offset_bytes;
-    match writer.commit(size, Some(&digest), Labels::new()).await {
-        Ok(_) | Err(StoreError::AlreadyExists { .. }) => Ok((digest, size)),
-        Err(error) => Err(error.into()),
-    }
+fn packing(error: &io::Error) -> WireError {
+    WireError::new(ErrorKind::Internal, format!("pack a checkpoint: {error}"))
 }
 
 fn descriptor(media_type: &str, digest: &Digest, size: u64) -> Descriptor {
@@ -226,43 +184,6 @@ fn unpack(reader: impl Read, dir: &Path) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// A writer that hands chunks to whoever receives them.
-struct Chunks {
-    buffer: Vec<u8>,
-    sender: mpsc::Sender<io::Result<Bytes>>,
-}
-
-impl Chunks {
-    fn new(sender: mpsc::Sender<io::Result<Bytes>>) -> Self {
-        Self {
-            buffer: Vec::with_capacity(CHUNK_BYTES),
-            sender,
-        }
-    }
-}
-
-impl Write for Chunks {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let room = CHUNK_BYTES - self.buffer.len();
-        let taken = room.min(bytes.len());
-        self.buffer.extend_from_slice(&bytes[..taken]);
-        if self.buffer.len() == CHUNK_BYTES {
-            self.flush()?;
-        }
-        Ok(taken)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        if self.buffer.is_empty() {
-            return Ok(());
-        }
-        let chunk = std::mem::replace(&mut self.buffer, Vec::with_capacity(CHUNK_BYTES));
-        self.sender
-            .blocking_send(Ok(chunk.into()))
-            .map_err(|_| io::ErrorKind::BrokenPipe.into())
-    }
 }
 
 #[cfg(test)]
