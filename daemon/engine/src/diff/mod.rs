@@ -10,6 +10,7 @@
 //! `unpack`, `whiteout`).
 
 mod apply;
+mod compare;
 pub mod compression;
 mod pipeline;
 mod processors;
@@ -19,6 +20,7 @@ mod testing;
 mod tree;
 mod unpack;
 mod whiteout;
+mod writer;
 
 use std::ffi::OsStr;
 use std::io;
@@ -28,6 +30,7 @@ use std::path::PathBuf;
 use lighter_proto::errdefs::{Classify, ErrorKind};
 
 pub use apply::{Applied, ApplyOptions, Limits, apply};
+pub use compare::{CompareOptions, Compared, compare};
 pub use processors::Processor;
 
 /// Media type of an uncompressed OCI layer: what every chain of processors ends with.

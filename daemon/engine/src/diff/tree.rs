@@ -28,6 +28,9 @@ const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
 
+/// Told of each directory made, by path and descriptor.
+pub(super) type Made<'a> = dyn FnMut(&[u8], BorrowedFd<'_>) -> Result<(), Error> + 'a;
+
 /// The names of `path`, without empty ones and `.`, and with `..` taken back lexically; at the root
 /// `..` stays there.
 pub(super) fn normalize(path: &[u8]) -> Vec<u8> {
@@ -131,11 +134,7 @@ impl<'a> Tree<'a> {
 
     /// Opens directory `path`, making what is missing of it (0755); `made` is told of each directory
     /// made, by path and descriptor.
-    pub(super) fn ensure(
-        &mut self,
-        path: &[u8],
-        made: &mut dyn FnMut(&[u8], BorrowedFd<'_>) -> Result<(), Error>,
-    ) -> Result<Opened, Error> {
+    pub(super) fn ensure(&mut self, path: &[u8], made: &mut Made<'_>) -> Result<Opened, Error> {
         match self.dir(path) {
             Err(Errno::NOENT) => {}
             other => return other.map_err(Error::io("open directory", path)),
@@ -148,7 +147,7 @@ impl<'a> Tree<'a> {
     fn make_dirs(
         &mut self,
         path: &[u8],
-        made: &mut dyn FnMut(&[u8], BorrowedFd<'_>) -> Result<(), Error>,
+        made: &mut Made<'_>,
         links: &mut usize,
     ) -> Result<(), Error> {
         let mut parent = open_in(self.root, b"").map_err(Error::io("open directory", b"/"))?;
@@ -255,20 +254,20 @@ impl<'a> Tree<'a> {
         self.directories_changed = true;
         let fd = openat(&opened, c".", DIRECTORY, Mode::empty())
             .map_err(Error::io("open directory", path))?;
-        self.clear_dir(fd, path, Some(()))
+        self.clear_dir(&fd, path, Some(()))
     }
 
     fn clear(&mut self, dir: BorrowedFd<'_>, path: &[u8], older: Option<()>) -> Result<(), Error> {
         let fd = openat(dir, split(path).1, DIRECTORY, Mode::empty())
             .map_err(Error::io("open directory", path))?;
-        self.clear_dir(fd, path, older)
+        self.clear_dir(&fd, path, older)
     }
 
     /// Depth is bounded by the length of a path; each level holds one descriptor.
-    fn clear_dir(&mut self, fd: OwnedFd, path: &[u8], older: Option<()>) -> Result<(), Error> {
+    fn clear_dir(&mut self, fd: &OwnedFd, path: &[u8], older: Option<()>) -> Result<(), Error> {
         let failed = |e: Errno| Error::io("empty directory", path)(e);
         let mut names = Vec::new();
-        for entry in Dir::read_from(&fd).map_err(failed)? {
+        for entry in Dir::read_from(fd).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             let name = entry.file_name().to_bytes();
             if name != b"." && name != b".." {
@@ -283,17 +282,17 @@ impl<'a> Tree<'a> {
             below.extend_from_slice(&name);
             if older.is_some() && self.is_marked(&below) {
                 let stat =
-                    statat(&fd, name.as_slice(), AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
+                    statat(fd, name.as_slice(), AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
                 if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
                     self.clear(fd.as_fd(), &below, older)?;
                 }
                 continue;
             }
-            match unlinkat(&fd, name.as_slice(), AtFlags::empty()) {
+            match unlinkat(fd, name.as_slice(), AtFlags::empty()) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(Errno::ISDIR | Errno::PERM) => {
                     self.clear(fd.as_fd(), &below, None)?;
-                    unlinkat(&fd, name.as_slice(), AtFlags::REMOVEDIR).map_err(failed)?;
+                    unlinkat(fd, name.as_slice(), AtFlags::REMOVEDIR).map_err(failed)?;
                 }
                 Err(error) => return Err(failed(error)),
             }

@@ -129,6 +129,7 @@ impl<'a> Unpack<'a> {
             Form::Overlay { attributes, .. } => {
                 let opened = self.parent(dir)?;
                 whiteout::make_opaque(opened.as_fd(), attributes)
+                    .and_then(|()| whiteout::remove_marks(opened.as_fd()))
                     .map_err(Error::io("make opaque", dir))
             }
         }
@@ -150,14 +151,31 @@ impl<'a> Unpack<'a> {
             },
         };
         self.tree.remove(parent.as_fd(), &path)?;
-        match &self.form {
-            // Where nothing is hidden, overlayfs would list the mark itself.
-            Form::Overlay { lower, .. } if lower.is_empty() || whiteout::visible(lower, &path) => {
-                whiteout::make_whiteout(parent.as_fd(), deleted, owner(entry)?)
-                    .map_err(Error::io("make whiteout", &path))
-            }
-            _ => Ok(()),
+        let Form::Overlay { lower, .. } = &self.form else {
+            return Ok(());
+        };
+        // Where nothing is hidden, overlayfs would list the mark itself.
+        if !lower.is_empty() && !whiteout::visible(lower, &path) || self.below_opaque(dir) {
+            return Ok(());
         }
+        whiteout::make_whiteout(parent.as_fd(), deleted, owner(entry)?)
+            .map_err(Error::io("make whiteout", &path))
+    }
+
+    /// Whether directory `path` or one above it is opaque by this layer.
+    fn below_opaque(&mut self, path: &[u8]) -> bool {
+        let mut path = path;
+        while !path.is_empty() {
+            if self
+                .tree
+                .dir(path)
+                .is_ok_and(|dir| whiteout::is_opaque(dir.as_fd()))
+            {
+                return true;
+            }
+            path = split(path).0;
+        }
+        false
     }
 
     /// Runs `make`, and again after removing what is in its way.
@@ -227,7 +245,11 @@ impl<'a> Unpack<'a> {
             fchown(&fd, uid(owner), gid(owner)).map_err(Error::io("change owner of", path))?;
         }
         self.xattrs(entry, path, fd.as_fd())?;
-        if existed || entry.mode & (0o7000 | self.umask) != 0 || self.umask == 0o7777 {
+        if existed
+            || parent.gives_group
+            || entry.mode & (0o7000 | self.umask) != 0
+            || self.umask == 0o7777
+        {
             fchmod(&fd, mode).map_err(Error::io("set mode of", path))?;
         }
         self.directory_times.push((path.to_vec(), times(entry)));

@@ -3,11 +3,11 @@
 //! Source: OCI image-spec, layer.md, "Whiteouts"; kernel documentation, overlayfs.rst, "whiteouts
 //! and opaque directories".
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid, XattrFlags, chownat, fsetxattr, mknodat,
-    openat, statat,
+    AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Uid, XattrFlags, chownat, fsetxattr, mknodat,
+    openat, statat, unlinkat,
 };
 
 use super::Error;
@@ -100,6 +100,33 @@ pub(super) fn make_whiteout(
     )
 }
 
+/// Whether a directory hides what lower layers have below it.
+pub(super) fn is_opaque(dir: BorrowedFd<'_>) -> bool {
+    [Attributes::Trusted, Attributes::User]
+        .iter()
+        .any(|attributes| {
+            let mut value = [0; 1];
+            rustix::fs::fgetxattr(dir, attributes.opaque(), &mut value) == Ok(1) && value == *b"y"
+        })
+}
+
+/// Removes the marks of single deletions from an opaque directory, where overlayfs would list them.
+pub(super) fn remove_marks(dir: BorrowedFd<'_>) -> Result<(), rustix::io::Errno> {
+    let mut marks = Vec::new();
+    for entry in Dir::read_from(dir)? {
+        let entry = entry?;
+        if entry.file_type() == FileType::CharacterDevice {
+            marks.push(entry.file_name().to_owned());
+        }
+    }
+    for name in marks {
+        if is_whiteout(&statat(dir, &name, AtFlags::SYMLINK_NOFOLLOW)?) {
+            unlinkat(dir, &name, AtFlags::empty())?;
+        }
+    }
+    Ok(())
+}
+
 /// Whether the stack of lower directories, nearest first, shows something at `path`.
 pub(super) fn visible(lower: &[String], path: &[u8]) -> bool {
     for layer in lower {
@@ -146,13 +173,7 @@ fn look(root: OwnedFd, path: &[u8]) -> Seen {
             // Not a directory: it hides those of the same name below.
             Err(_) => return Seen::Hidden,
         }
-        opaque |= [Attributes::Trusted, Attributes::User]
-            .iter()
-            .any(|attributes| {
-                let mut value = [0; 1];
-                rustix::fs::fgetxattr(&dir, attributes.opaque(), &mut value) == Ok(1)
-                    && value == *b"y"
-            });
+        opaque |= is_opaque(dir.as_fd());
     }
     Seen::Something
 }

@@ -202,6 +202,7 @@ fn an_empty_blob_is_an_empty_layer_and_trailing_bytes_count() {
 }
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "a table of cases")]
 fn no_entry_leaves_the_root() {
     let outside = tempfile::tempdir().unwrap();
     let victim = outside.path().join("victim");
@@ -288,6 +289,7 @@ fn no_entry_leaves_the_root() {
 }
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "a table of cases")]
 fn malformed_archives_are_refused_without_a_panic() {
     let cut = Tar::default().file("a", &"x".repeat(5000)).cut();
     let many: Vec<(String, Vec<u8>)> = (0..2000)
@@ -743,4 +745,27 @@ fn an_opaque_mark_after_its_siblings_spares_them() {
     apply_to(&bind(&root), &layer).unwrap();
     let names: Vec<String> = describe(&root).into_keys().collect();
     assert_eq!(names, ["d", "d/sub", "d/sub/new", "keep"]);
+}
+
+#[test]
+fn directories_that_give_their_group_do_not_give_it_to_entries_of_a_layer() {
+    let (dir, result) = into_dir(
+        &Tar::default()
+            .raw("d", b'5', "", b"", |h| {
+                h.set_mode(0o2755);
+                h.set_gid(77);
+            })
+            .dir("d/plain")
+            .file("d/plain/file", "x")
+            .file("d/file", "x")
+            .link("d/link", "file")
+            .end(),
+    );
+    result.unwrap();
+    let tree = describe(&dir.path().join("root"));
+    assert!(tree["d"].starts_with("42755 0:77 "), "{tree:?}");
+    assert!(tree["d/plain"].starts_with("40755 0:0 "), "{tree:?}");
+    for path in ["d/plain/file", "d/file", "d/link"] {
+        assert!(tree[path].contains(" 0:0 "), "{tree:?}");
+    }
 }
