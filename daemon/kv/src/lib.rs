@@ -115,6 +115,15 @@ impl Db {
         self.range(prefix, prefix_end(prefix).as_deref(), usize::MAX)
     }
 
+    /// Whether any key starts with `prefix`.
+    ///
+    /// # Errors
+    /// When the database failed.
+    pub fn any(&self, prefix: &[u8]) -> Result<bool, Error> {
+        let found = self.range(prefix, prefix_end(prefix).as_deref(), 1)?;
+        Ok(!found.is_empty())
+    }
+
     /// Pairs with `start <= key < end` in key order, at most `limit`; for paging through much.
     ///
     /// # Errors

@@ -67,7 +67,6 @@ impl RefLocks {
     }
 
     /// Whether somebody writes `reference`.
-    #[allow(dead_code, reason = "for the collector")]
     pub(crate) fn is_held(&self, reference: &str) -> bool {
         lock(&self.held).contains_key(reference)
     }

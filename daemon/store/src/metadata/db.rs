@@ -16,8 +16,10 @@ use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
 use super::SharingPolicy;
+use super::collect;
+use super::edges::Node;
 use super::keys::{self, Builder, SCHEMA_VERSION, table};
-use super::records::{NamespaceRecord, decode};
+use super::records::{IngestRecord, NamespaceRecord, decode};
 use crate::content::{KeyedMutex, Pins, RefLocks, Store};
 use crate::events::Exchange;
 use crate::{Error, Namespace};
@@ -37,6 +39,9 @@ pub(crate) struct Inner {
     /// What no record owns any more and is still to be removed below. Senders: changes, when they
     /// are durable. Receiver: `Db::reclaim`.
     pub(crate) discarded: Arc<Mutex<Vec<Discarded>>>,
+    /// What changes touched since the collection under way began; `None` while none runs. Taken
+    /// under the writer lock only.
+    pub(crate) barrier: Mutex<Option<Vec<Node>>>,
     /// Held while a file is made or removed, so that neither happens under the other.
     pub(crate) digests: KeyedMutex,
     /// Held while a snapshot of that key is made, committed or removed.
@@ -109,6 +114,7 @@ impl Inner {
             policy,
             activity: Activity::default(),
             discarded: Arc::default(),
+            barrier: Mutex::default(),
             digests: KeyedMutex::default(),
             snapshots: KeyedMutex::default(),
             pins: Pins::default(),
@@ -147,6 +153,7 @@ impl Inner {
             };
             let result = change(&mut change_)?;
             removed = change_.removed;
+            collect::pass_barrier(self, change_.tx);
             Ok::<_, Error>(result)
         })?;
         self.activity.mutations.fetch_add(1, Ordering::Relaxed);
@@ -203,6 +210,18 @@ impl Inner {
             .unwrap_or_else(PoisonError::into_inner)
             .push(what);
         self.activity.removed.notify_one();
+    }
+
+    /// Whether the ingest `reference` has a record and its bytes are at `backend`.
+    pub(crate) fn has_ingest(
+        &self,
+        namespace: &Namespace,
+        reference: &str,
+        backend: &str,
+    ) -> Result<bool, Error> {
+        let key = keys::object(table::INGESTS, namespace, reference);
+        let record: Option<IngestRecord> = self.get(&key, || format!("ingest {reference:?}"))?;
+        Ok(record.is_some_and(|record| record.backend == backend))
     }
 
     /// A number that was never handed out before, not even before a crash.

@@ -12,7 +12,9 @@ pub mod namespaces;
 pub mod sandboxes;
 pub mod snapshots;
 
+pub mod collect;
 mod db;
+pub mod edges;
 mod keys;
 mod records;
 
