@@ -147,7 +147,7 @@ impl Task {
         bundle: PathBuf,
         rootfs: &Path,
     ) -> Result<(Arc<Self>, u32)> {
-        mount::mount_all(&request.rootfs, rootfs)?;
+        mount::mount_all(&core.reaper, &request.rootfs, rootfs).await?;
         let target = Target::new(
             &request.id,
             bundle.clone(),

@@ -2,6 +2,7 @@
 
 use lighter_proto::containerd::runc::v1::ProcessDetails;
 use lighter_proto::containerd::task::v3 as api;
+use lighter_proto::containerd::types::Mount;
 use lighter_proto::containerd::v1::types::Status;
 use lighter_proto::errdefs::ErrorKind;
 use lighter_proto::io::containerd::cgroups::{v1, v2};
@@ -29,6 +30,7 @@ for_each_runtime!(
     metrics_and_pids_are_those_of_the_container,
     limits_can_be_changed,
     a_paused_container_can_be_killed,
+    the_root_is_mounted_and_unmounted,
     what_init_leaves_in_a_shared_pid_namespace_dies,
     many_containers_and_execs_leave_no_growth,
     errors_have_their_code_and_text,
@@ -220,6 +222,63 @@ async fn a_paused_container_can_be_killed(runtime: &str) {
     shim.kill("", 9).await.unwrap();
     assert_eq!(shim.wait("").await, 137);
     shim.finish().await;
+}
+
+async fn the_root_is_mounted_and_unmounted(runtime: &str) {
+    let daemon = Daemon::new(runtime).await;
+    // Enough layers that their paths do not fit one page of options: the other way of mounting.
+    for layers in [1, 100] {
+        let id = format!("mounted{layers}");
+        let script = "test -e /mark0 && test -e /mark$1 && echo x >/written";
+        let last = (layers - 1).to_string();
+        let shim = daemon
+            .shim(&id, &["/bin/busybox", "sh", "-c", script, "sh", &last])
+            .await;
+        let base = daemon
+            .dir
+            .path()
+            .join(format!("layers-{layers}-of-a-snapshotter"));
+        let rootfs = shim.bundle.join("rootfs");
+        std::fs::create_dir_all(&base).unwrap();
+        std::fs::rename(&rootfs, base.join("bottom")).unwrap();
+        std::fs::create_dir(&rootfs).unwrap();
+        let mut lower = Vec::new();
+        for layer in 0..layers {
+            let dir = base.join(format!("{layer:030}"));
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(dir.join(format!("mark{layer}")), "").unwrap();
+            lower.push(dir.display().to_string());
+        }
+        lower.push(base.join("bottom").display().to_string());
+        let (upper, work) = (base.join("upper"), base.join("work"));
+        std::fs::create_dir_all(&upper).unwrap();
+        std::fs::create_dir_all(&work).unwrap();
+        let overlay = Mount {
+            r#type: "overlay".into(),
+            source: "overlay".into(),
+            options: vec![
+                format!("workdir={}", work.display()),
+                format!("upperdir={}", upper.display()),
+                format!("lowerdir={}", lower.join(":")),
+            ],
+            ..Mount::default()
+        };
+        let request = api::CreateTaskRequest {
+            rootfs: vec![overlay],
+            ..shim.request()
+        };
+        shim.create(&request).await.unwrap();
+        shim.start("").await.unwrap();
+        assert_eq!(shim.wait("").await, 0);
+        shim.delete("").await.unwrap();
+        assert!(upper.join("written").exists());
+        // A root that cannot be mounted leaves nothing.
+        let mut bad = request.clone();
+        bad.rootfs[0].options[2] = "lowerdir=/no/such/layer".into();
+        let error = shim.create(&bad).await.unwrap_err();
+        assert!(error.message.contains("mount"), "{}", error.message);
+        shim.finish().await;
+    }
 }
 
 async fn what_init_leaves_in_a_shared_pid_namespace_dies(runtime: &str) {
