@@ -100,6 +100,8 @@ struct Job<'a> {
 #[derive(Default)]
 struct Downloads {
     tasks: JoinSet<()>,
+    /// Notes on layers that are done; the next layer does not wait for them.
+    labels: JoinSet<Result<(), Error>>,
     results: BTreeMap<usize, oneshot::Receiver<Result<(), Error>>>,
 }
 
@@ -173,6 +175,9 @@ impl Unpacker {
         let mut applied = 0;
         for index in start..layers.len() {
             applied += usize::from(self.layer(&job, index, &mut downloads).await?);
+        }
+        while let Some(done) = downloads.labels.join_next().await {
+            done.map_err(|_| Error::Abandoned)??;
         }
         let key = format!("{GC_REF_SNAPSHOT}.{snapshotter}");
         let labels = Labels::from([(key, top.to_string())]);
@@ -289,7 +294,10 @@ impl Unpacker {
             });
         }
         let labels = Labels::from([(UNCOMPRESSED.to_owned(), want.to_string())]);
-        job.fetcher.set_labels(&layer.digest, labels).await
+        let (fetcher, digest) = (job.fetcher.clone(), layer.digest.clone());
+        let note = async move { fetcher.set_labels(&digest, labels).await };
+        downloads.labels.spawn(note);
+        Ok(())
     }
 }
 
