@@ -56,7 +56,9 @@ fn serve(dir: &Path, password: bool) -> Option<Server> {
     );
     if password {
         std::fs::write(dir.join("htpasswd"), HTPASSWD).expect("write");
-        config.push_str(&format!("auth: {{htpasswd: {{realm: here, path: {shown}/htpasswd}}}}\n"));
+        config.push_str(&format!(
+            "auth: {{htpasswd: {{realm: here, path: {shown}/htpasswd}}}}\n"
+        ));
     }
     let file = dir.join("config.yml");
     std::fs::write(&file, config).expect("write");
@@ -93,8 +95,14 @@ async fn daemon(dir: &Path) -> Daemon {
         let content = Local::open(&dir.join("content")).expect("content");
         let snapshotters: BTreeMap<String, Arc<dyn Snapshotter>> =
             BTreeMap::from([("native".to_owned(), Arc::new(native) as _)]);
-        Db::open(kv, Arc::new(content), snapshotters, Exchange::new(), SharingPolicy::Shared)
-            .expect("db")
+        Db::open(
+            kv,
+            Arc::new(content),
+            snapshotters,
+            Exchange::new(),
+            SharingPolicy::Shared,
+        )
+        .expect("db")
     };
     let db = tokio::task::spawn_blocking(open).await.expect("opened");
     let applier: Arc<dyn Applier> = Arc::new(LocalApplier {
@@ -129,7 +137,9 @@ fn layer(n: u8) -> Vec<u8> {
     let mut header = tar::Header::new_gnu();
     header.set_size(bytes.len() as u64);
     header.set_mode(0o640);
-    builder.append_data(&mut header, format!("dir/file-{n}"), bytes.as_slice()).expect("appends");
+    builder
+        .append_data(&mut header, format!("dir/file-{n}"), bytes.as_slice())
+        .expect("appends");
     builder.into_inner().expect("ends")
 }
 
@@ -139,9 +149,15 @@ impl Daemon {
         let (content, digest) = (self.db.content(), descriptor.digest.clone());
         let reference = digest.to_string();
         let size = bytes.len() as u64;
-        let mut writer = content.writer(&self.scope, &reference, size, Some(&digest)).await.expect("new");
+        let mut writer = content
+            .writer(&self.scope, &reference, size, Some(&digest))
+            .await
+            .expect("new");
         writer.write(bytes.to_vec().into()).await.expect("written");
-        writer.commit(size, Some(&digest), Labels::new()).await.expect("committed");
+        writer
+            .commit(size, Some(&digest), Labels::new())
+            .await
+            .expect("committed");
         descriptor
     }
 
@@ -150,9 +166,13 @@ impl Daemon {
         let plain = [layer(1), layer(2)];
         let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gzip.write_all(&plain[0]).expect("compresses");
-        let gzip = self.put(media::OCI_LAYER_GZIP, &gzip.finish().expect("compresses")).await;
+        let gzip = self
+            .put(media::OCI_LAYER_GZIP, &gzip.finish().expect("compresses"))
+            .await;
         let zstd = zstd::encode_all(plain[1].as_slice(), 1).expect("compresses");
-        let zstd = self.put("application/vnd.oci.image.layer.v1.tar+zstd", &zstd).await;
+        let zstd = self
+            .put("application/vnd.oci.image.layer.v1.tar+zstd", &zstd)
+            .await;
         let diff_ids: Vec<Digest> = plain.iter().map(|p| Digest::of(p)).collect();
         let ids: Vec<&str> = diff_ids.iter().map(Digest::as_str).collect();
         let host = Platform::host();
@@ -160,15 +180,17 @@ impl Daemon {
             "os": host.os, "architecture": host.architecture,
             "rootfs": {"type": "layers", "diff_ids": ids},
         });
-        let config = self.put(media::OCI_CONFIG, config.to_string().as_bytes()).await;
-        let wire = |d: &Descriptor| {
-            serde_json::json!({"mediaType": d.media_type, "digest": d.digest.as_str(), "size": d.size_bytes})
-        };
+        let config = self
+            .put(media::OCI_CONFIG, config.to_string().as_bytes())
+            .await;
+        let wire = |d: &Descriptor| serde_json::json!({"mediaType": d.media_type, "digest": d.digest.as_str(), "size": d.size_bytes});
         let manifest = serde_json::json!({
             "schemaVersion": 2, "mediaType": media::OCI_MANIFEST,
             "config": wire(&config), "layers": [wire(&gzip), wire(&zstd)],
         });
-        let manifest = self.put(media::OCI_MANIFEST, manifest.to_string().as_bytes()).await;
+        let manifest = self
+            .put(media::OCI_MANIFEST, manifest.to_string().as_bytes())
+            .await;
         let now = SystemTime::now();
         let image = Image {
             name: name.to_owned(),
@@ -177,7 +199,11 @@ impl Daemon {
             created_at: now,
             updated_at: now,
         };
-        self.db.images().create(&self.scope, image, None).await.expect("recorded");
+        self.db
+            .images()
+            .create(&self.scope, image, None)
+            .await
+            .expect("recorded");
         diff_ids
     }
 
@@ -186,19 +212,35 @@ impl Daemon {
             name: name.to_owned(),
             labels: Labels::new(),
             platforms: Vec::new(),
-            select: Select { matcher: Matcher::all(), limit: 0, all_metadata: false },
+            select: Select {
+                matcher: Matcher::all(),
+                limit: 0,
+                all_metadata: false,
+            },
             extras: Vec::new(),
             unpacks: Vec::new(),
         };
         let to = RegistryEnd {
             reference: name.to_owned(),
-            session: SessionOptions { access: Access::Push, ..session },
+            session: SessionOptions {
+                access: Access::Push,
+                ..session
+            },
         };
-        let done = self.transfer.transfer(&self.scope, Source::Store(from), Destination::Registry(to), None);
+        let done = self.transfer.transfer(
+            &self.scope,
+            Source::Store(from),
+            Destination::Registry(to),
+            None,
+        );
         done.await.map_err(|error| render(&error))
     }
 
-    async fn pull(&self, name: &str, session: SessionOptions) -> Result<Digest, (ErrorKind, String)> {
+    async fn pull(
+        &self,
+        name: &str,
+        session: SessionOptions,
+    ) -> Result<Digest, (ErrorKind, String)> {
         let pull = Pull {
             reference: name.to_owned(),
             session,
@@ -210,8 +252,13 @@ impl Daemon {
             layers: Layers::Keep,
             hint: false,
         };
-        let pulled = self.transfer.pull(&self.scope, pull, &Tracker::default()).await;
-        pulled.map(|p| p.target.digest).map_err(|error| (error.kind(), render(&error)))
+        let pulled = self
+            .transfer
+            .pull(&self.scope, pull, &Tracker::default())
+            .await;
+        pulled
+            .map(|p| p.target.digest)
+            .map_err(|error| (error.kind(), render(&error)))
     }
 }
 
@@ -231,18 +278,29 @@ fn password(password: &str) -> SessionOptions {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_goes_to_a_registry_and_comes_back_unpacked() {
     let dir = tempfile::tempdir().expect("tempdir");
-    let Some(server) = serve(&dir.path().join("registry"), false) else { return };
+    let Some(server) = serve(&dir.path().join("registry"), false) else {
+        return;
+    };
     let name = format!("{}/team/app:v1", server.address);
     let one = daemon(&dir.path().join("one")).await;
     let diff_ids = one.make_image(&name).await;
-    one.push(&name, SessionOptions::default()).await.expect("pushed");
-    one.push(&name, SessionOptions::default()).await.expect("pushed again");
+    one.push(&name, SessionOptions::default())
+        .await
+        .expect("pushed");
+    one.push(&name, SessionOptions::default())
+        .await
+        .expect("pushed again");
 
     let two = daemon(&dir.path().join("two")).await;
-    two.pull(&name, SessionOptions::default()).await.expect("pulled");
+    two.pull(&name, SessionOptions::default())
+        .await
+        .expect("pulled");
     let snapshots = two.db.snapshots("native").expect("known");
     let top = chain_ids(&diff_ids)[1].to_string();
-    let mounts = snapshots.view(&two.scope, "look", Some(&top), Labels::new()).await.expect("a view");
+    let mounts = snapshots
+        .view(&two.scope, "look", Some(&top), Labels::new())
+        .await
+        .expect("a view");
     for (n, size) in [(1, 20_000_000), (2, 40_000_000)] {
         let file = Path::new(&mounts[0].source).join(format!("dir/file-{n}"));
         assert_eq!(std::fs::metadata(&file).expect("unpacked").len(), size);
@@ -252,22 +310,45 @@ async fn an_image_goes_to_a_registry_and_comes_back_unpacked() {
         .await
         .expect_err("no such tag");
     assert_eq!(kind, ErrorKind::NotFound);
-    assert_eq!(text, format!("failed to resolve image: {}/team/app:v2: not found", server.address));
+    assert_eq!(
+        text,
+        format!(
+            "failed to resolve image: {}/team/app:v2: not found",
+            server.address
+        )
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn passwords_are_asked_for_and_never_shown() {
     let dir = tempfile::tempdir().expect("tempdir");
-    let Some(server) = serve(&dir.path().join("registry"), true) else { return };
+    let Some(server) = serve(&dir.path().join("registry"), true) else {
+        return;
+    };
     let name = format!("{}/team/app:v1", server.address);
     let one = daemon(&dir.path().join("one")).await;
     one.make_image(&name).await;
-    let error = one.push(&name, SessionOptions::default()).await.expect_err("no password");
+    let error = one
+        .push(&name, SessionOptions::default())
+        .await
+        .expect_err("no password");
     assert!(error.contains("no basic auth credentials"), "{error}");
-    let error = one.push(&name, password("hunter2")).await.expect_err("wrong password");
-    assert!(error.contains("authorization failed") && !error.contains("hunter2"), "{error}");
+    let error = one
+        .push(&name, password("hunter2"))
+        .await
+        .expect_err("wrong password");
+    assert!(
+        error.contains("authorization failed") && !error.contains("hunter2"),
+        "{error}"
+    );
     one.push(&name, password("secret")).await.expect("pushed");
-    let (_, text) = one.pull(&name, password("hunter2")).await.expect_err("wrong password");
-    assert!(text.starts_with("failed to resolve image: pull access denied"), "{text}");
+    let (_, text) = one
+        .pull(&name, password("hunter2"))
+        .await
+        .expect_err("wrong password");
+    assert!(
+        text.starts_with("failed to resolve image: pull access denied"),
+        "{text}"
+    );
     one.pull(&name, password("secret")).await.expect("pulled");
 }

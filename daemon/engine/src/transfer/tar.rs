@@ -448,7 +448,7 @@ mod tests {
     fn reader(
         bytes: &[u8],
         step: usize,
-    ) -> Reader<impl Stream<Item = std::io::Result<Bytes>> + Unpin> {
+    ) -> Reader<impl Stream<Item = std::io::Result<Bytes>> + Unpin + use<>> {
         let pieces: Vec<_> = bytes
             .chunks(step)
             .map(|c| Ok(Bytes::copy_from_slice(c)))
