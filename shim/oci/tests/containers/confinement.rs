@@ -300,3 +300,61 @@ fn parameters_of_the_machine_cannot_be_set() {
             .contains("not in a separate kernel namespace")
     );
 }
+
+#[test]
+fn a_notifying_profile_reaches_its_agent() {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+    use std::io::{IoSliceMut, Read};
+    let Some(bundle) = bundle(&["sleep", "60"]) else {
+        return;
+    };
+    let path = bundle.path().join("agent");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let bundle = bundle.set(
+        "/linux/seccomp",
+        json!({
+            "defaultAction": "SCMP_ACT_ALLOW", "listenerPath": path, "listenerMetadata": "who",
+            "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}],
+        }),
+    );
+    let agent = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut text = vec![0; 8192];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let got = rustix::net::recvmsg(
+            &stream,
+            &mut [IoSliceMut::new(&mut text)],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        )
+        .unwrap();
+        let fds = control
+            .drain()
+            .map(|message| {
+                if let RecvAncillaryMessage::ScmRights(fds) = message {
+                    fds.count()
+                } else {
+                    0
+                }
+            })
+            .sum::<usize>();
+        text.truncate(got.bytes);
+        stream.read_to_end(&mut text).unwrap();
+        (
+            serde_json::from_slice::<serde_json::Value>(&text).unwrap(),
+            fds,
+        )
+    });
+    assert_eq!(bundle.create().code, 0);
+    let (state, fds) = agent.join().unwrap();
+    assert_eq!(fds, 1);
+    assert_eq!(
+        (state["metadata"].as_str(), state["fds"][0].as_str()),
+        (Some("who"), Some("seccompFd"))
+    );
+    assert_eq!(
+        (state["pid"].as_i64(), state["state"]["id"].as_str()),
+        (Some(bundle.pid().into()), Some(bundle.id.as_str()))
+    );
+}

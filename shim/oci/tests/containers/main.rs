@@ -7,6 +7,7 @@
 
 mod bundle;
 mod confinement;
+mod joining;
 mod lifecycle;
 mod mounts;
 mod resources;
