@@ -283,7 +283,8 @@ impl<'a> Container<'a> {
     /// Removes everything the runtime made for it, and runs the poststop hooks.
     ///
     /// # Errors
-    /// `State` if it runs and deletion is not forced; `Io` if a control group stays, and then the record does as well.
+    /// `State` if it runs and deletion is not forced; `Io` if a control group stays, and then the record does as well;
+    /// `Process` if a poststop hook failed: the container is gone then, and the failure is only worth a warning.
     pub fn delete(&self, deletion: Deletion) -> Result<()> {
         let locked = match self.lock() {
             // A creation that never got to its record.

@@ -274,7 +274,8 @@ impl Creation<'_> {
         if !self.namespaces.separate(libc::CLONE_NEWNS) {
             return Ok(Sources::default());
         }
-        let which = if foreign_user {
+        // An unprivileged runtime cannot reach more than its child, which owns a mount namespace at least.
+        let which = if foreign_user && rustix::process::geteuid().is_root() {
             Opened::All
         } else {
             Opened::Mapped

@@ -265,11 +265,84 @@ pub(crate) fn compile(profile: &Seccomp) -> Result<Program> {
         flags &= !FLAG_WAIT_KILLABLE_RECV;
     }
     Ok(Program {
-        code: export(&filter)?,
+        code: [unknown_calls(profile, default), export(&filter)?].concat(),
         flags,
         listener_path: profile.listener_path.clone(),
         listener_metadata: profile.listener_metadata.clone(),
     })
+}
+
+/// Audit architecture numbers (linux/audit.h) of those whose unknown calls are told apart.
+const AUDIT: &[(&str, u32)] = &[
+    ("SCMP_ARCH_X86_64", 0xc000_003e),
+    ("SCMP_ARCH_X86", 0x4000_0003),
+    ("SCMP_ARCH_AARCH64", 0xc000_00b7),
+    ("SCMP_ARCH_ARM", 0x4000_0028),
+    ("SCMP_ARCH_PPC64LE", 0xc000_0015),
+    ("SCMP_ARCH_S390X", 0x8000_0016),
+    ("SCMP_ARCH_S390", 0x0000_0016),
+    ("SCMP_ARCH_RISCV64", 0xc000_00f3),
+];
+
+/// Instructions put before a filter that denies by default: calls newer than any the profile names fail with ENOSYS,
+/// as on an older kernel, because programs then fall back, which they do not for EPERM.
+fn unknown_calls(profile: &Seccomp, default: ScmpAction) -> Vec<u8> {
+    const LOAD: u16 = 0x20;
+    const EQUAL: u16 = 0x15;
+    const GREATER: u16 = 0x25;
+    const AT_LEAST: u16 = 0x35;
+    const RETURN: u16 = 0x06;
+    const X32_BIT: u32 = 0x4000_0000;
+    const RETURN_ENOSYS: u32 = 0x0005_0000 | libc::ENOSYS.cast_unsigned();
+    if matches!(
+        default,
+        ScmpAction::Allow | ScmpAction::Log | ScmpAction::Errno(libc::ENOSYS)
+    ) {
+        return Vec::new();
+    }
+    let native = ScmpArch::native();
+    let blocks: Vec<(u32, u32)> = ARCHITECTURES
+        .iter()
+        .filter(|(name, arch)| {
+            *arch == native || profile.architectures.iter().any(|wanted| wanted == name)
+        })
+        .filter_map(|(name, arch)| {
+            let (_, audit) = AUDIT.iter().find(|(known, _)| known == name)?;
+            let numbers = profile
+                .syscalls
+                .iter()
+                .flat_map(|call| &call.names)
+                .filter_map(|name| {
+                    u32::try_from(i32::from(ScmpSyscall::from_name_by_arch(name, *arch).ok()?)).ok()
+                });
+            Some((*audit, numbers.max()?))
+        })
+        .collect();
+    let is_x86_64 = |audit: u32| audit == 0xc000_003e;
+    let length = |audit: u32| if is_x86_64(audit) { 5 } else { 4 };
+    let mut left: usize = blocks.iter().map(|(audit, _)| length(*audit)).sum();
+    let mut code = Vec::new();
+    let mut emit = |what: u16, yes: usize, no: usize, value: u32| {
+        code.extend(what.to_ne_bytes());
+        code.extend([yes, no].map(|jump| u8::try_from(jump).expect("a few dozen instructions")));
+        code.extend(value.to_ne_bytes());
+    };
+    if !blocks.is_empty() {
+        emit(LOAD, 0, 0, 4);
+    }
+    for (audit, largest) in blocks {
+        let block = length(audit);
+        emit(EQUAL, 0, block - 1, audit);
+        emit(LOAD, 0, 0, 0);
+        if is_x86_64(audit) {
+            // Calls of the x32 ABI have numbers of their own; the profile decides about them.
+            emit(AT_LEAST, left - 3, 0, X32_BIT);
+        }
+        emit(GREATER, 0, left - (block - 1), largest);
+        emit(RETURN, 0, 0, RETURN_ENOSYS);
+        left -= block;
+    }
+    code
 }
 
 fn export(filter: &ScmpFilterContext) -> Result<Vec<u8>> {
@@ -321,11 +394,69 @@ mod tests {
         .unwrap();
         assert!(!program.code.is_empty() && program.code.len().is_multiple_of(8));
         assert_eq!(program.flags, FLAG_SPEC_ALLOW);
+        assert_eq!(run(&program.code, 0xc000_003e, 0), ALLOW, "read");
+        assert_eq!(run(&program.code, 0xc000_003e, 2), ERRNO | 1, "open");
+        assert_eq!(
+            run(&program.code, 0xc000_003e, 9999),
+            ERRNO | 38,
+            "newer than the profile"
+        );
+        assert_eq!(run(&program.code, 0x4000_0003, 3), ALLOW, "read of i386");
+        assert_eq!(run(&program.code, 0x4000_0003, 9999), ERRNO | 38);
+        assert_eq!(
+            run(&program.code, 0xc000_003e, 0x4000_0000),
+            ALLOW,
+            "read of x32"
+        );
         let text = serde_json::to_string(&program).unwrap();
         assert_eq!(
             serde_json::from_str::<Program>(&text).unwrap().code,
             program.code
         );
+    }
+
+    const ALLOW: u32 = 0x7fff_0000;
+    const ERRNO: u32 = 0x0005_0000;
+
+    /// Runs a filter on a call without arguments, as the kernel would.
+    fn run(code: &[u8], arch: u32, number: u32) -> u32 {
+        let code: Vec<_> = code
+            .chunks(8)
+            .map(|raw| {
+                let value = u32::from_ne_bytes([raw[4], raw[5], raw[6], raw[7]]);
+                (
+                    u16::from_ne_bytes([raw[0], raw[1]]),
+                    usize::from(raw[2]),
+                    usize::from(raw[3]),
+                    value,
+                )
+            })
+            .collect();
+        let (mut at, mut word) = (0, 0);
+        loop {
+            let (what, yes, no, value) = code[at];
+            at += 1;
+            let taken = match what {
+                0x20 => {
+                    word = [number, arch].get(value as usize / 4).copied().unwrap_or(0);
+                    continue;
+                }
+                0x05 => {
+                    at += value as usize;
+                    continue;
+                }
+                0x54 => {
+                    word &= value;
+                    continue;
+                }
+                0x06 => return value,
+                0x15 => word == value,
+                0x25 => word > value,
+                0x35 => word >= value,
+                other => panic!("instruction {other:#x}"),
+            };
+            at += if taken { yes } else { no };
+        }
     }
 
     #[test]

@@ -179,6 +179,26 @@ impl Group {
         }
     }
 
+    /// What a process needs to get where process `pid` of the group is: on v2 an init that manages groups of its own has
+    /// left the group itself, which then takes no processes any more.
+    pub(crate) fn entry_of(&self, pid: i32) -> Result<Entry> {
+        let Self::Unified { path } = self else {
+            return self.entry("");
+        };
+        let own = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let own = own
+            .lines()
+            .find_map(|line| line.strip_prefix("0::/"))
+            .unwrap_or_default();
+        let moved = Path::new("/sys/fs/cgroup").join(own);
+        v2::entry(if moved.starts_with(path) {
+            &moved
+        } else {
+            path
+        })
+        .map(Entry::Born)
+    }
+
     /// Moves an existing process in.
     pub(crate) fn add(&self, pid: i32) -> Result<()> {
         match self {

@@ -84,7 +84,11 @@ pub(crate) fn expect(channel: &Channel) -> Result<Message> {
 
 /// First steps common to init and exec'd processes: nobody may look into this copy of the runtime.
 pub(crate) fn seclude(kept: &[BorrowedFd<'_>], entry: &Entry) -> Result<()> {
-    sys::prctl(libc::PR_SET_DUMPABLE, 0, 0).context(|| "prctl PR_SET_DUMPABLE")?;
+    // In a new user namespace nobody is root yet, and an unprivileged runtime could not write the maps of a process that
+    // is not dumpable: there it follows in `become_root`, before anything of the container runs.
+    if rustix::process::geteuid().is_root() {
+        sys::prctl(libc::PR_SET_DUMPABLE, 0, 0).context(|| "prctl PR_SET_DUMPABLE")?;
+    }
     let mut kept = kept.to_vec();
     if let Entry::Writes(files) = entry {
         kept.extend(files.iter().map(AsFd::as_fd));

@@ -39,6 +39,12 @@ pub struct Linux {
     pub personality: Option<Personality>,
     #[serde(deserialize_with = "null", skip_serializing_if = "HashMap::is_empty")]
     pub time_offsets: HashMap<String, TimeOffset>,
+    /// Not supported: refused if it has any.
+    #[serde(deserialize_with = "null", skip_serializing_if = "HashMap::is_empty")]
+    pub net_devices: HashMap<String, serde_json::Value>,
+    /// Not supported: refused if it is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_policy: Option<serde_json::Value>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -86,6 +86,11 @@ impl Spec {
                 linux.cgroups_path
             ));
         }
+        if !linux.net_devices.is_empty() || linux.memory_policy.is_some() {
+            return Err(Error::Unsupported(
+                "linux.netDevices and linux.memoryPolicy are not supported".into(),
+            ));
+        }
         for path in linux.masked_paths.iter().chain(&linux.readonly_paths) {
             if !path.starts_with('/') {
                 return refuse(format!(

@@ -89,7 +89,7 @@ impl Bundle {
         config["process"]["terminal"] = json!(false);
         config["process"]["args"] = json!(args);
         config["root"]["readonly"] = json!(false);
-        config["linux"]["cgroupsPath"] = json!(format!("/lighter-tests/{id}"));
+        config["linux"]["cgroupsPath"] = json!(format!("/{id}"));
         Self {
             directory,
             id,
@@ -223,7 +223,7 @@ impl Bundle {
 
     /// Where a controller's directory of this container is.
     pub(crate) fn cgroup(&self, controller: &str) -> PathBuf {
-        let below = format!("lighter-tests/{}", self.id);
+        let below = &self.id;
         let v1 = Path::new("/sys/fs/cgroup").join(controller);
         if v1.is_dir() {
             v1.join(below)
@@ -249,7 +249,7 @@ impl Bundle {
             .unwrap()
             .map(|entry| entry.unwrap().path());
         for hierarchy in groups.chain([PathBuf::from("/sys/fs/cgroup")]) {
-            let group = hierarchy.join("lighter-tests").join(&self.id);
+            let group = hierarchy.join(&self.id);
             if group.exists() {
                 left.push(format!("cgroup {}", group.display()));
             }
