@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use lighter_engine::differ::Differ;
 use lighter_engine::gc::Collector;
 use lighter_engine::runtime::{self, Launcher, LogLevel, Manager};
+use lighter_engine::sandbox::{Sandboxes, ShimController};
 use lighter_engine::streaming::Streams;
 use lighter_proto::any;
 use lighter_proto::containerd::types::RuntimeRequest;
@@ -114,6 +115,8 @@ impl App {
 
         // Engines.
         let tasks = Manager::new(runtime_config(&config, db.clone())?);
+        let sandboxes = Sandboxes::new(db.events().clone());
+        sandboxes.register("shim", ShimController::new(tasks.clone()));
         let streams = Streams::new();
         let transfer = transfers::build(&config, db.clone(), streams.clone(), tracker.clone())?;
 
@@ -145,6 +148,7 @@ impl App {
                 sync_fs: config.plugins.diff.sync_fs,
                 temp_dir: config.temp.clone().unwrap_or_else(std::env::temp_dir),
             },
+            sandboxes,
             streams,
             transfer,
             tracker: tracker.clone(),

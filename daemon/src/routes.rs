@@ -3,6 +3,7 @@
 use lighter_engine::differ::Differ;
 use lighter_engine::gc::Collector;
 use lighter_engine::runtime::Manager;
+use lighter_engine::sandbox::Sandboxes;
 use lighter_engine::streaming::Streams;
 use lighter_engine::transfer::Transfer;
 use lighter_proto::containerd::services::containers::v1::containers_server::ContainersServer;
@@ -13,6 +14,8 @@ use lighter_proto::containerd::services::images::v1::images_server::ImagesServer
 use lighter_proto::containerd::services::introspection::v1::introspection_server::IntrospectionServer;
 use lighter_proto::containerd::services::leases::v1::leases_server::LeasesServer;
 use lighter_proto::containerd::services::namespaces::v1::namespaces_server::NamespacesServer;
+use lighter_proto::containerd::services::sandbox::v1::controller_server::ControllerServer;
+use lighter_proto::containerd::services::sandbox::v1::store_server::StoreServer;
 use lighter_proto::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
 use lighter_proto::containerd::services::streaming::v1::streaming_server::StreamingServer;
 use lighter_proto::containerd::services::tasks::v1::tasks_server::TasksServer;
@@ -31,6 +34,7 @@ use crate::services::images::ImagesService;
 use crate::services::introspection::IntrospectionService;
 use crate::services::leases::LeasesService;
 use crate::services::namespaces::NamespacesService;
+use crate::services::sandboxes::{SandboxController, SandboxStore};
 use crate::services::snapshots::SnapshotsService;
 use crate::services::streaming::StreamingService;
 use crate::services::tasks::TasksService;
@@ -47,6 +51,8 @@ pub(crate) struct Engines {
     pub(crate) collector: Collector,
     /// Layers to mounts and back.
     pub(crate) differ: Differ,
+    /// Sandbox controllers.
+    pub(crate) sandboxes: Sandboxes,
     /// Named streams.
     pub(crate) streams: Streams,
     /// Transfers.
@@ -71,6 +77,7 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
         tasks,
         collector,
         differ,
+        sandboxes,
         streams,
         transfer,
         tracker,
@@ -86,6 +93,11 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
         .add_service(limited!(VersionServer, VersionService))
         .add_service(limited!(IntrospectionServer, introspection))
         .add_service(limited!(DiffServer, DiffService::new(differ)))
+        .add_service(limited!(StoreServer, SandboxStore::new(&db)))
+        .add_service(limited!(
+            ControllerServer,
+            SandboxController::new(&db, sandboxes)
+        ))
         .add_service(limited!(EventsServer, EventsService::new(&db)))
         .add_service(limited!(
             NamespacesServer,

@@ -8,6 +8,7 @@ pub(crate) mod images;
 pub(crate) mod introspection;
 pub(crate) mod leases;
 pub(crate) mod namespaces;
+pub(crate) mod sandboxes;
 pub mod scope;
 pub(crate) mod snapshots;
 pub(crate) mod streaming;

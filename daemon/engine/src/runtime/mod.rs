@@ -32,6 +32,7 @@ mod launch;
 mod manager;
 mod reap;
 mod recover;
+mod sandbox_shim;
 mod shim_log;
 mod state;
 mod steps;
