@@ -5,12 +5,13 @@
 #![allow(unsafe_code, reason = "fork without exec has no safe wrapper")]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork, pipe2, read};
 use tokio::io::unix::AsyncFd;
+use tokio::process::Command;
 
 /// Readiness of a descriptor that nothing else closes.
 ///
@@ -19,6 +20,28 @@ use tokio::io::unix::AsyncFd;
 pub(crate) fn pollable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the value owns an open descriptor, which stays the same until it is dropped.
     Ok(unsafe { AsyncFd::register(fd) }?)
+}
+
+/// Lets a command inherit `fd` as number `number`.
+///
+/// # Errors
+/// When the descriptor cannot be duplicated.
+pub(crate) fn pass_fd(command: &mut Command, fd: BorrowedFd<'_>, number: i32) -> io::Result<()> {
+    // Above every number that is asked for, so that the copy below clears its close-on-exec flag.
+    let high = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(number + 1))?;
+    // SAFETY: fcntl just made this descriptor and nothing else owns it.
+    let high = unsafe { OwnedFd::from_raw_fd(high) };
+    let place = move || {
+        // SAFETY: dup2 is async-signal-safe, and takes plain numbers; the first one is open as
+        // long as the closure owns it.
+        if unsafe { libc::dup2(high.as_raw_fd(), number) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    };
+    // SAFETY: the closure calls nothing but dup2 and reads errno, and allocates nothing.
+    unsafe { command.pre_exec(place) };
+    Ok(())
 }
 
 /// A child that sits in namespaces of its own until dropped.
