@@ -105,8 +105,14 @@ impl<R: BufRead> Archive<R> {
     pub(super) fn next(&mut self) -> Result<Option<Entry>, Error> {
         let mut extensions = Extensions::default();
         loop {
-            self.skip(self.left + self.padding)?;
-            (self.left, self.padding) = (0, 0);
+            self.skip(self.left)?;
+            self.left = 0;
+            // Some writers end after the last byte of data, without filling its block.
+            if self.padding > 0 && self.reader.fill_buf().map_err(Error::Stream)?.is_empty() {
+                return Ok(None);
+            }
+            self.skip(self.padding)?;
+            self.padding = 0;
             let Some(block) = self.block()? else {
                 return Ok(None);
             };

@@ -39,3 +39,28 @@ fn sparse_maps_are_checked() {
     assert_eq!(segments(&[u64::MAX, 1], u64::MAX, 1), None);
     assert_eq!(segments(&[1], 4, 0), None);
 }
+
+#[test]
+fn an_archive_may_end_after_its_last_byte_of_data_but_not_before() {
+    let mut builder = ::tar::Builder::new(Vec::new());
+    let mut header = ::tar::Header::new_ustar();
+    header.set_size(3);
+    header.set_mode(0o644);
+    builder
+        .append_data(&mut header, "a", &b"abc"[..])
+        .expect("appends");
+    let whole = builder.into_inner().expect("ends");
+    let read = |length: usize| {
+        let mut archive = Archive::new(&whole[..length]);
+        let mut names = 0;
+        while archive.next()?.is_some() {
+            names += 1;
+        }
+        Ok::<_, Error>(names)
+    };
+    assert_eq!(read(whole.len()).expect("complete"), 1);
+    assert_eq!(read(BLOCK + 3).expect("without padding"), 1);
+    for cut in [BLOCK + 2, BLOCK + 4, BLOCK - 1] {
+        assert!(read(cut).is_err(), "{cut}");
+    }
+}
