@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use lighter_engine::differ::Differ;
 use lighter_engine::gc::Collector;
+use lighter_engine::mounts::Mounts;
 use lighter_engine::runtime::{self, Launcher, LogLevel, Manager};
 use lighter_engine::sandbox::{Sandboxes, ShimController};
 use lighter_engine::streaming::Streams;
@@ -117,6 +118,10 @@ impl App {
         let tasks = Manager::new(runtime_config(&config, db.clone())?);
         let sandboxes = Sandboxes::new(db.events().clone());
         sandboxes.register("shim", ShimController::new(tasks.clone()));
+        let mounts = {
+            let (state, root) = (config.state.clone(), config.root.clone());
+            tokio::task::spawn_blocking(move || Mounts::open(&state, &root)).await??
+        };
         let streams = Streams::new();
         let transfer = transfers::build(&config, db.clone(), streams.clone(), tracker.clone())?;
 
@@ -149,6 +154,7 @@ impl App {
                 temp_dir: config.temp.clone().unwrap_or_else(std::env::temp_dir),
             },
             sandboxes,
+            mounts,
             streams,
             transfer,
             tracker: tracker.clone(),

@@ -2,6 +2,7 @@
 
 use lighter_engine::differ::Differ;
 use lighter_engine::gc::Collector;
+use lighter_engine::mounts::Mounts;
 use lighter_engine::runtime::Manager;
 use lighter_engine::sandbox::Sandboxes;
 use lighter_engine::streaming::Streams;
@@ -13,6 +14,7 @@ use lighter_proto::containerd::services::events::v1::events_server::EventsServer
 use lighter_proto::containerd::services::images::v1::images_server::ImagesServer;
 use lighter_proto::containerd::services::introspection::v1::introspection_server::IntrospectionServer;
 use lighter_proto::containerd::services::leases::v1::leases_server::LeasesServer;
+use lighter_proto::containerd::services::mounts::v1::mounts_server::MountsServer;
 use lighter_proto::containerd::services::namespaces::v1::namespaces_server::NamespacesServer;
 use lighter_proto::containerd::services::sandbox::v1::controller_server::ControllerServer;
 use lighter_proto::containerd::services::sandbox::v1::store_server::StoreServer;
@@ -33,6 +35,7 @@ use crate::services::events::EventsService;
 use crate::services::images::ImagesService;
 use crate::services::introspection::IntrospectionService;
 use crate::services::leases::LeasesService;
+use crate::services::mounts::MountsService;
 use crate::services::namespaces::NamespacesService;
 use crate::services::sandboxes::{SandboxController, SandboxStore};
 use crate::services::snapshots::SnapshotsService;
@@ -53,6 +56,8 @@ pub(crate) struct Engines {
     pub(crate) differ: Differ,
     /// Sandbox controllers.
     pub(crate) sandboxes: Sandboxes,
+    /// Managed mounts.
+    pub(crate) mounts: Mounts,
     /// Named streams.
     pub(crate) streams: Streams,
     /// Transfers.
@@ -78,6 +83,7 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
         collector,
         differ,
         sandboxes,
+        mounts,
         streams,
         transfer,
         tracker,
@@ -93,6 +99,7 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
         .add_service(limited!(VersionServer, VersionService))
         .add_service(limited!(IntrospectionServer, introspection))
         .add_service(limited!(DiffServer, DiffService::new(differ)))
+        .add_service(limited!(MountsServer, MountsService::new(mounts)))
         .add_service(limited!(StoreServer, SandboxStore::new(&db)))
         .add_service(limited!(
             ControllerServer,

@@ -18,7 +18,7 @@ use lighter_proto::time::to_timestamp;
 use prost_types::Any;
 use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use crate::bundle::{self, Spec};
 use crate::cgroup::{Cgroup, OomWatch};
@@ -36,8 +36,6 @@ use crate::sys;
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// How long a delete waits for a process it killed.
 const EXIT_LIMIT: Duration = Duration::from_secs(10);
-/// The signal that no process survives, unless it is frozen.
-const SIGKILL: u32 = 9;
 /// Longest id of a container or exec.
 const MAX_ID_BYTES: usize = 128;
 
@@ -393,7 +391,7 @@ impl Task {
     /// Init is gone: what else runs in the container goes too.
     async fn clear_out(&self, thaw: bool) {
         if thaw && let Err(error) = self.runtime.resume().await {
-            debug!(container_id = %self.id, %error, "not thawed");
+            warn!(container_id = %self.id, %error, "cannot thaw");
         }
         // Without a readable spec the safe assumption is that processes are left.
         let private = Spec::read(&self.bundle).is_ok_and(|spec| spec.has_private_pids());
@@ -636,16 +634,7 @@ impl Task {
                 return Err(Error::Precondition("process not created".to_owned()));
             }
         }
-        self.runtime.kill(signal, all).await?;
-        // A frozen process dies only when it thaws.
-        let frozen = self.locked().machine.status(None) == Some(Status::Paused);
-        if frozen
-            && signal == SIGKILL
-            && let Err(error) = self.runtime.resume().await
-        {
-            debug!(container_id = %self.id, %error, "nothing to thaw after the kill");
-        }
-        Ok(())
+        self.runtime.kill(signal, all).await
     }
 
     /// Deletes an exec, or the whole container; then the owner forgets this task.

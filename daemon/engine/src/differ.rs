@@ -3,16 +3,17 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use lighter_proto::errdefs::{Classify, ErrorKind, WireError, render};
 use lighter_snapshotter::Mount;
 use lighter_store::metadata::{Content, Descriptor};
-use lighter_store::{Digest, Labels, Scope};
+use lighter_store::{Digest, Labels, Scope, labels};
 use prost_types::Any;
 
 use crate::diff;
 use crate::image::blocking;
+use crate::ingest::ingest;
 
 /// Applies and makes layers.
 #[derive(Debug, Clone)]
@@ -95,20 +96,48 @@ impl Differ {
     /// Writes what makes the upper side of the lower as a layer.
     ///
     /// # Errors
-    /// `Unimplemented` for a media type that is not made.
-    #[allow(
-        clippy::unused_async,
-        clippy::needless_pass_by_value,
-        reason = "until differences land"
-    )]
-    pub async fn compare(
-        &self,
-        _scope: &Scope,
-        asked: Difference,
-    ) -> Result<Descriptor, WireError> {
-        Err(WireError::new(
-            ErrorKind::Unimplemented,
-            format!("unsupported diff media type: {}", asked.media_type),
-        ))
+    /// `Unimplemented` for a media type that is not made, or why it could not be.
+    pub async fn compare(&self, scope: &Scope, asked: Difference) -> Result<Descriptor, WireError> {
+        let reference = if asked.reference.is_empty() {
+            format!("diff-{:016x}", rand::random::<u64>())
+        } else {
+            asked.reference.clone()
+        };
+        let options = diff::CompareOptions {
+            media_type: asked.media_type,
+            source_date_epoch: asked.source_date_epoch.map(seconds),
+            temp_dir: Some(self.temp_dir.clone()),
+        };
+        let (lower, upper) = (asked.lower, asked.upper);
+        let mut kept = asked.labels;
+        let produce = move |out: &mut crate::ingest::Chunks| {
+            diff::compare(&lower, &upper, &options, out).map_err(|e| wire(&e))
+        };
+        let made = ingest(&self.content, scope, &reference, produce, |compared| {
+            kept.insert(labels::UNCOMPRESSED.to_owned(), compared.diff_id.clone());
+            kept
+        })
+        .await?;
+        if made.existed {
+            // A blob that came another way may lack what tells its diff ID.
+            let label =
+                Labels::from([(labels::UNCOMPRESSED.to_owned(), made.made.diff_id.clone())]);
+            let mask = [format!("labels.{}", labels::UNCOMPRESSED)];
+            let updated = self.content.update(scope, &made.digest, label, &mask).await;
+            updated.map_err(|e| wire(&e))?;
+        }
+        Ok(Descriptor {
+            media_type: made.made.media_type.to_owned(),
+            digest: made.digest,
+            size_bytes: made.size_bytes,
+            annotations: Labels::new(),
+        })
+    }
+}
+
+fn seconds(time: SystemTime) -> i64 {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => i64::try_from(after.as_secs()).unwrap_or(i64::MAX),
+        Err(before) => i64::try_from(before.duration().as_secs()).map_or(i64::MIN, |s| -s),
     }
 }

@@ -7,6 +7,7 @@ pub(crate) mod events;
 pub(crate) mod images;
 pub(crate) mod introspection;
 pub(crate) mod leases;
+pub(crate) mod mounts;
 pub(crate) mod namespaces;
 pub(crate) mod sandboxes;
 pub mod scope;

@@ -320,7 +320,7 @@ impl Launcher {
         if !output.status.success() {
             return Err(fail(format!("{stderr}: {}", describe(output.status))));
         }
-        if !stderr.is_empty() {
+        if stderr.contains("level=warning") || stderr.contains("level=error") {
             warn!(container_id = %bundle.id, %stderr, "cleaning up after a shim");
         }
         DeleteResponse::decode(output.stdout.as_slice()).map_err(|e| fail(e.to_string()))

@@ -1,0 +1,59 @@
+//! Mounts of type `loop`: a file as a block device, for the mounts that follow.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use lighter_snapshotter::Mount;
+
+/// Attaches the file and leaves a link to its device at `point`.
+///
+/// # Errors
+/// What `losetup` says.
+pub(super) fn attach(mount: &Mount, point: &Path) -> Result<(), String> {
+    let mut command = Command::new("losetup");
+    command.args(["--find", "--show"]);
+    if mount.has("ro") {
+        command.arg("--read-only");
+    }
+    if mount.has("direct-io") {
+        command.arg("--direct-io=on");
+    }
+    let device = output(command.arg("--").arg(&mount.source))?;
+    std::os::unix::fs::symlink(&device, point).map_err(|error| {
+        let _detached = output(Command::new("losetup").arg("--detach").arg(&device));
+        format!("symlink {}: {error}", point.display())
+    })
+}
+
+/// Detaches what the link at `point` names; `false` when there is no link.
+///
+/// # Errors
+/// What `losetup` says.
+pub(super) fn detach(point: &Path) -> Result<bool, String> {
+    let Ok(device) = std::fs::read_link(point) else {
+        return Ok(false);
+    };
+    // A device that is detached already reads as one without a file behind it.
+    if backed(&device) {
+        output(Command::new("losetup").arg("--detach").arg(&device))?;
+    }
+    std::fs::remove_file(point).map_err(|e| format!("remove {}: {e}", point.display()))?;
+    Ok(true)
+}
+
+fn backed(device: &Path) -> bool {
+    let name = device.file_name().map(PathBuf::from).unwrap_or_default();
+    Path::new("/sys/block").join(name).join("loop").exists()
+}
+
+/// Runs a program; what it printed, or why it failed.
+pub(super) fn output(command: &mut Command) -> Result<String, String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().map_err(|e| format!("{name}: {e}"))?;
+    if output.status.success() {
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    } else {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        Err(format!("{name}: {}: {}", stderr.trim(), output.status))
+    }
+}

@@ -1,0 +1,538 @@
+//! Activations by name: made, undone, listed, found again after a restart.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use lighter_proto::errdefs::{Classify, ErrorKind};
+use lighter_proto::time::{from_nanos, to_nanos};
+use lighter_snapshotter::Mount;
+use lighter_snapshotter::mount::{mount_at, unmount_all};
+use lighter_store::{Labels, Namespace};
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use super::{loopdev, prepare, template};
+
+/// Directory below the state directory.
+const DIR: &str = "io.containerd.mount-manager.v1.bolt";
+const RECORD: &str = "record.json";
+/// Most mounts of one activation.
+const MAX_MOUNTS: usize = 1024;
+
+/// Why an activation failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The name is active.
+    #[error("mount {name}: already exists")]
+    Exists {
+        /// The name.
+        name: String,
+    },
+    /// No such activation.
+    #[error("mount {name}: not found")]
+    NotFound {
+        /// The name.
+        name: String,
+    },
+    /// The caller can do these mounts itself.
+    #[error("no mounts need to be activated: not implemented")]
+    Needless,
+    /// The request makes no sense.
+    #[error("{reason}: invalid argument")]
+    Invalid {
+        /// Why.
+        reason: String,
+    },
+    /// A mount could not be made or undone.
+    #[error("{reason}")]
+    Failed {
+        /// Which and why.
+        reason: String,
+    },
+}
+
+impl Classify for Error {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Exists { .. } => ErrorKind::AlreadyExists,
+            Self::NotFound { .. } => ErrorKind::NotFound,
+            Self::Needless => ErrorKind::Unimplemented,
+            Self::Invalid { .. } => ErrorKind::InvalidArgument,
+            Self::Failed { .. } => ErrorKind::Internal,
+        }
+    }
+}
+
+/// One mount that was made here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Active {
+    /// The mount as it was made.
+    pub mount: Mount,
+    /// When.
+    pub mounted_at: SystemTime,
+    /// Where.
+    pub mount_point: String,
+}
+
+/// One activation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Activation {
+    /// Its name.
+    pub name: String,
+    /// What is mounted here.
+    pub active: Vec<Active>,
+    /// What is left for the caller to mount.
+    pub system: Vec<Mount>,
+    /// Labels.
+    pub labels: Labels,
+}
+
+/// The file beside the mount points.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Record {
+    namespace: String,
+    name: String,
+    labels: Labels,
+    complete: bool,
+    active: Vec<RecordedActive>,
+    system: Vec<RecordedMount>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct RecordedActive {
+    mount: RecordedMount,
+    mounted_at_ns: i64,
+    mount_point: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct RecordedMount {
+    fstype: String,
+    source: String,
+    target: String,
+    options: Vec<String>,
+}
+
+impl From<&Mount> for RecordedMount {
+    fn from(mount: &Mount) -> Self {
+        Self {
+            fstype: mount.fstype.clone(),
+            source: mount.source.clone(),
+            target: mount.target.clone(),
+            options: mount.options.clone(),
+        }
+    }
+}
+
+impl From<RecordedMount> for Mount {
+    fn from(mount: RecordedMount) -> Self {
+        Self {
+            fstype: mount.fstype,
+            source: mount.source,
+            target: mount.target,
+            options: mount.options,
+        }
+    }
+}
+
+type Key = (Namespace, String);
+
+/// An activation, or one under way; and its directory.
+#[derive(Debug)]
+enum Slot {
+    Busy,
+    Done(PathBuf, Activation),
+}
+
+/// All activations; clones share them.
+#[derive(Debug, Clone)]
+pub struct Mounts {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    dir: PathBuf,
+    /// Directories that `mkdir/` and `mkfs/` may work in.
+    roots: Vec<PathBuf>,
+    book: Mutex<Book>,
+}
+
+#[derive(Debug, Default)]
+struct Book {
+    next: u64,
+    slots: BTreeMap<Key, Slot>,
+}
+
+impl Mounts {
+    /// Finds the activations of earlier runs below `state` and undoes those that were cut off.
+    /// Blocks.
+    ///
+    /// # Errors
+    /// When the directory cannot be made.
+    pub fn open(state: &Path, root: &Path) -> std::io::Result<Self> {
+        let dir = state.join(DIR);
+        std::fs::create_dir_all(&dir)?;
+        let mut book = Book::default();
+        for entry in std::fs::read_dir(&dir)? {
+            let path = entry?.path();
+            let number = path
+                .file_name()
+                .and_then(|n| n.to_str()?.parse::<u64>().ok());
+            book.next = book.next.max(number.map_or(0, |n| n + 1));
+            match read(&path) {
+                Some((key, activation)) => {
+                    book.slots.insert(key, Slot::Done(path, activation));
+                }
+                None => {
+                    if let Err(error) = clear(&path) {
+                        warn!(path = %path.display(), error, "cannot undo a mount activation that was cut off");
+                    }
+                }
+            }
+        }
+        Ok(Self {
+            inner: Arc::new(Inner {
+                dir,
+                roots: vec![state.to_owned(), root.to_owned()],
+                book: Mutex::new(book),
+            }),
+        })
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.inner
+            .book
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the mounts that need more than the kernel, and says which are left. With `temporary`
+    /// all of them are made, and one bind of the last is left. Blocks.
+    ///
+    /// # Errors
+    /// `Unimplemented` when nothing needs it, `AlreadyExists`, `InvalidArgument`, or why a mount
+    /// failed; nothing stays mounted then.
+    pub fn activate(
+        &self,
+        namespace: &Namespace,
+        name: &str,
+        mounts: &[Mount],
+        labels: Labels,
+        temporary: bool,
+    ) -> Result<Activation, Error> {
+        let invalid = |reason: &str| Error::Invalid {
+            reason: reason.to_owned(),
+        };
+        if name.is_empty() {
+            return Err(invalid("mount name must not be empty"));
+        }
+        if mounts.is_empty() || mounts.len() > MAX_MOUNTS {
+            return Err(invalid("an activation has 1 to 1024 mounts"));
+        }
+        let ours = if temporary {
+            mounts.len()
+        } else {
+            let last = mounts.iter().rposition(needs_us).ok_or(Error::Needless)?;
+            last + 1
+        };
+        let key = (namespace.clone(), name.to_owned());
+        let path = {
+            let mut book = self.book();
+            if book.slots.contains_key(&key) {
+                return Err(Error::Exists {
+                    name: name.to_owned(),
+                });
+            }
+            book.slots.insert(key.clone(), Slot::Busy);
+            book.next += 1;
+            self.inner.dir.join((book.next - 1).to_string())
+        };
+        let made = self.make(&path, &key, mounts, ours, labels, temporary);
+        let mut book = self.book();
+        match &made {
+            Ok(activation) => {
+                book.slots.insert(key, Slot::Done(path, activation.clone()));
+            }
+            Err(_) => {
+                book.slots.remove(&key);
+                drop(book);
+                if let Err(error) = clear(&path) {
+                    warn!(path = %path.display(), error, "cannot undo a mount activation");
+                }
+            }
+        }
+        made
+    }
+
+    fn make(
+        &self,
+        path: &Path,
+        key: &Key,
+        mounts: &[Mount],
+        ours: usize,
+        labels: Labels,
+        temporary: bool,
+    ) -> Result<Activation, Error> {
+        let failed = |reason: String| Error::Failed { reason };
+        std::fs::create_dir(path).map_err(|e| failed(format!("mkdir {}: {e}", path.display())))?;
+        let mut activation = Activation {
+            name: key.1.clone(),
+            active: Vec::new(),
+            system: Vec::new(),
+            labels,
+        };
+        // What a crash leaves has a record that says it is not whole.
+        write(path, key, &activation, false).map_err(failed)?;
+        for (index, mount) in mounts[..ours].iter().enumerate() {
+            let point = path.join(index.to_string());
+            let mount = self.ready(mount, &activation.active)?;
+            if mount.fstype == "loop" {
+                loopdev::attach(&mount, &point).map_err(failed)?;
+            } else {
+                std::fs::create_dir(&point)
+                    .map_err(|e| failed(format!("mkdir {}: {e}", point.display())))?;
+                // Each has a mount point of its own: its place in the whole is the caller's affair.
+                let alone = Mount {
+                    target: String::new(),
+                    ..mount.clone()
+                };
+                mount_at(&alone, &point).map_err(|e| failed(lighter_proto::errdefs::render(&e)))?;
+            }
+            activation.active.push(Active {
+                mount,
+                mounted_at: SystemTime::now(),
+                mount_point: point.display().to_string(),
+            });
+        }
+        for mount in &mounts[ours..] {
+            activation
+                .system
+                .push(self.ready(mount, &activation.active)?);
+        }
+        if temporary && let Some(last) = activation.active.last() {
+            let mode = if last.mount.has("ro") { "ro" } else { "rw" };
+            activation.system.push(Mount {
+                fstype: "bind".to_owned(),
+                source: last.mount_point.clone(),
+                target: String::new(),
+                options: vec!["rbind".to_owned(), mode.to_owned()],
+            });
+        }
+        write(path, key, &activation, true).map_err(failed)?;
+        Ok(activation)
+    }
+
+    /// The mount with its prefixes carried out, left to right.
+    fn ready(&self, mount: &Mount, active: &[Active]) -> Result<Mount, Error> {
+        let invalid = |reason: String| Error::Invalid { reason };
+        let mut mount = mount.clone();
+        let mut ours = prepare::take_ours(&mut mount);
+        while let Some((prefix, rest)) = mount.fstype.split_once('/') {
+            let (prefix, rest) = (prefix.to_owned(), rest.to_owned());
+            match prefix.as_str() {
+                "format" => {
+                    let fill = |text: &str| template::fill(text, active).map_err(invalid);
+                    mount.source = fill(&mount.source)?;
+                    mount.target = fill(&mount.target)?;
+                    for option in &mut mount.options {
+                        *option = fill(option)?;
+                    }
+                    for (_, value) in &mut ours {
+                        *value = fill(value)?;
+                    }
+                }
+                "mkfs" => prepare::mkfs(&mount, &ours, &self.inner.roots).map_err(invalid)?,
+                "mkdir" => prepare::mkdir(&ours, &self.inner.roots).map_err(invalid)?,
+                other => return Err(invalid(format!("unknown mount transformation {other:?}"))),
+            }
+            mount.fstype = rest;
+        }
+        Ok(mount)
+    }
+
+    /// Undoes an activation, last mount first. Repeatable after a failure. Blocks.
+    ///
+    /// # Errors
+    /// `NotFound`, or why a mount stays.
+    pub fn deactivate(&self, namespace: &Namespace, name: &str) -> Result<(), Error> {
+        let missing = || Error::NotFound {
+            name: name.to_owned(),
+        };
+        let key = (namespace.clone(), name.to_owned());
+        let (path, activation) = {
+            let mut book = self.book();
+            match book.slots.insert(key.clone(), Slot::Busy) {
+                Some(Slot::Done(path, activation)) => (path, activation),
+                Some(Slot::Busy) => return Err(missing()),
+                None => {
+                    book.slots.remove(&key);
+                    return Err(missing());
+                }
+            }
+        };
+        let cleared = clear(&path);
+        let mut book = self.book();
+        match cleared {
+            Ok(()) => {
+                book.slots.remove(&key);
+                Ok(())
+            }
+            Err(reason) => {
+                book.slots.insert(key, Slot::Done(path, activation));
+                Err(Error::Failed { reason })
+            }
+        }
+    }
+
+    /// One activation.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn info(&self, namespace: &Namespace, name: &str) -> Result<Activation, Error> {
+        match self.book().slots.get(&(namespace.clone(), name.to_owned())) {
+            Some(Slot::Done(_, activation)) => Ok(activation.clone()),
+            _ => Err(Error::NotFound {
+                name: name.to_owned(),
+            }),
+        }
+    }
+
+    /// Activations of a namespace in byte order of name.
+    #[must_use]
+    pub fn list(&self, namespace: &Namespace) -> Vec<Activation> {
+        let book = self.book();
+        let mine = book.slots.iter().filter(|((n, _), _)| n == namespace);
+        mine.filter_map(|(_, slot)| match slot {
+            Slot::Done(_, activation) => Some(activation.clone()),
+            Slot::Busy => None,
+        })
+        .collect()
+    }
+}
+
+/// Whether a mount needs more than the kernel.
+fn needs_us(mount: &Mount) -> bool {
+    mount.fstype == "loop"
+        || ["format/", "mkfs/", "mkdir/"]
+            .iter()
+            .any(|prefix| mount.fstype.starts_with(prefix))
+}
+
+fn write(path: &Path, key: &Key, activation: &Activation, complete: bool) -> Result<(), String> {
+    let record = Record {
+        namespace: key.0.to_string(),
+        name: key.1.clone(),
+        labels: activation.labels.clone(),
+        complete,
+        active: activation
+            .active
+            .iter()
+            .map(|active| RecordedActive {
+                mount: (&active.mount).into(),
+                mounted_at_ns: to_nanos(active.mounted_at),
+                mount_point: active.mount_point.clone(),
+            })
+            .collect(),
+        system: activation.system.iter().map(Into::into).collect(),
+    };
+    let text = serde_json::to_vec(&record).map_err(|e| e.to_string())?;
+    let (temp, target) = (path.join(".record.json"), path.join(RECORD));
+    std::fs::write(&temp, text)
+        .and_then(|()| std::fs::rename(&temp, &target))
+        .map_err(|e| format!("write {}: {e}", target.display()))
+}
+
+/// The activation of a directory, if it is whole.
+fn read(path: &Path) -> Option<(Key, Activation)> {
+    let record: Record = serde_json::from_slice(&std::fs::read(path.join(RECORD)).ok()?).ok()?;
+    if !record.complete {
+        return None;
+    }
+    let namespace = Namespace::new(&record.namespace).ok()?;
+    let active = record.active.into_iter().map(|active| Active {
+        mount: active.mount.into(),
+        mounted_at: from_nanos(active.mounted_at_ns),
+        mount_point: active.mount_point,
+    });
+    let activation = Activation {
+        name: record.name.clone(),
+        active: active.collect(),
+        system: record.system.into_iter().map(Into::into).collect(),
+        labels: record.labels,
+    };
+    Some(((namespace, record.name), activation))
+}
+
+/// Undoes whatever is in a directory, last mount first, and removes it.
+fn clear(path: &Path) -> Result<(), String> {
+    let Ok(entries) = std::fs::read_dir(path) else {
+        return Ok(());
+    };
+    let mut points: Vec<u64> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    points.sort_unstable();
+    for index in points.into_iter().rev() {
+        let point = path.join(index.to_string());
+        if loopdev::detach(&point)? {
+            continue;
+        }
+        unmount_all(&point).map_err(|e| lighter_proto::errdefs::render(&e))?;
+        // Only ever an empty directory: what a mount hid must not be followed by a removal.
+        std::fs::remove_dir(&point).map_err(|e| format!("remove {}: {e}", point.display()))?;
+    }
+    std::fs::remove_dir_all(path).map_err(|e| format!("remove {}: {e}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(fstype: &str, source: &Path, options: &[&str]) -> Mount {
+        Mount {
+            fstype: fstype.to_owned(),
+            source: source.display().to_string(),
+            target: String::new(),
+            options: options.iter().map(|o| (*o).to_owned()).collect(),
+        }
+    }
+
+    #[test]
+    fn plain_mounts_are_the_callers_and_names_are_taken_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, root) = (dir.path().join("s"), dir.path().join("r"));
+        std::fs::create_dir_all(&root).unwrap();
+        let mounts = Mounts::open(&state, &root).unwrap();
+        let namespace = Namespace::new("n").unwrap();
+        let bind = mount("bind", &root, &["rbind"]);
+        let activate = |m: &[Mount]| mounts.activate(&namespace, "a", m, Labels::new(), false);
+        assert!(matches!(activate(&[bind.clone()]), Err(Error::Needless)));
+        let option = format!("X-containerd.mkdir.path={}/upper", root.display());
+        let made = mount("mkdir/bind", &root, &[&option, "rbind"]);
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let activation = activate(&[
+            made,
+            mount("format/bind", Path::new("{{ mount 0 }}/upper"), &["bind"]),
+        ]);
+        let activation = activation.unwrap();
+        assert_eq!(activation.active.len(), 2);
+        assert!(root.join("upper").is_dir());
+        assert!(matches!(activate(&[bind]), Err(Error::Needless)));
+        // Found again by the next run, then undone by it.
+        let again = Mounts::open(&state, &root).unwrap();
+        assert_eq!(again.info(&namespace, "a").unwrap().active.len(), 2);
+        again.deactivate(&namespace, "a").unwrap();
+        assert!(matches!(
+            again.deactivate(&namespace, "a"),
+            Err(Error::NotFound { .. })
+        ));
+        assert_eq!(std::fs::read_dir(state.join(DIR)).unwrap().count(), 0);
+    }
+}
