@@ -4,6 +4,7 @@
 //! the application's writing: memory per session is a few hundred KiB whatever flows.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,6 +12,7 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -22,6 +24,9 @@ pub(super) const MAX_CHUNK: usize = 16 << 10;
 pub(super) const INBOUND_CHUNKS: usize = 16;
 /// Pieces written but not yet sent, for a whole connection.
 pub(super) const OUTBOUND_CHUNKS: usize = 8;
+
+/// How often a client is looked for; one gone for two looks is gone.
+const HANGUP_CHECK: Duration = Duration::from_secs(1);
 
 /// What travels from the channels to the connection's writer.
 #[derive(Debug)]
@@ -37,18 +42,21 @@ pub(super) enum Outgoing {
     Raw(Bytes),
 }
 
-/// When something last flowed over a connection.
+/// When something last flowed over a connection, and whether its client is still there.
 #[derive(Debug)]
 pub(super) struct Activity {
     start: Instant,
     last_ms: AtomicU64,
+    /// The connection's socket, to see a client's going away behind data that nobody reads.
+    socket: Option<OwnedFd>,
 }
 
 impl Activity {
-    pub(super) fn new() -> Arc<Self> {
+    pub(super) fn new(socket: Option<OwnedFd>) -> Arc<Self> {
         Arc::new(Self {
             start: Instant::now(),
             last_ms: AtomicU64::new(0),
+            socket,
         })
     }
 
@@ -57,16 +65,29 @@ impl Activity {
         self.last_ms.store(now, Ordering::Relaxed);
     }
 
-    /// Returns when nothing flowed for `limit`.
-    pub(super) async fn idle(&self, limit: Duration) {
+    /// Returns when nothing flowed for `limit`, or when the client has hung up for a while and the
+    /// connection's reader has not noticed, because a full channel keeps it from reading on.
+    pub(super) async fn over(&self, limit: Duration) {
+        let mut hung_up = false;
         loop {
             let last = Duration::from_millis(self.last_ms.load(Ordering::Relaxed));
             let due = self.start + last + limit;
             if due <= Instant::now() {
                 return;
             }
-            tokio::time::sleep_until(due).await;
+            tokio::time::sleep_until(due.min(Instant::now() + HANGUP_CHECK)).await;
+            let before = std::mem::replace(&mut hung_up, self.hung_up());
+            if before && hung_up {
+                return;
+            }
         }
+    }
+
+    fn hung_up(&self) -> bool {
+        self.socket.as_ref().is_some_and(|socket| {
+            let mut polled = [PollFd::new(socket, PollFlags::RDHUP)];
+            poll(&mut polled, Some(&Timespec::default())).is_ok() && !polled[0].revents().is_empty()
+        })
     }
 }
 

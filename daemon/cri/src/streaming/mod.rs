@@ -23,6 +23,7 @@ mod websocket;
 
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -310,10 +311,11 @@ impl Server {
         };
         // A keystroke must not wait for the next one.
         let _ = stream.set_nodelay(true);
+        let activity = Activity::new(stream.as_fd().try_clone_to_owned().ok());
         let ended = match &self.tls {
-            None => self.request(stream, permit).await,
+            None => self.request(stream, permit, &activity).await,
             Some(tls) => match timeout(HEAD_TIMEOUT, tls.accept(stream)).await {
-                Ok(Ok(stream)) => self.request(stream, permit).await,
+                Ok(Ok(stream)) => self.request(stream, permit, &activity).await,
                 Ok(Err(error)) => Err(error),
                 Err(_) => return,
             },
@@ -324,7 +326,12 @@ impl Server {
     }
 
     /// Reads one request, answers it, and serves what follows.
-    async fn request<S>(&self, stream: S, permit: OwnedSemaphorePermit) -> std::io::Result<()>
+    async fn request<S>(
+        &self,
+        stream: S,
+        permit: OwnedSemaphorePermit,
+        activity: &Arc<Activity>,
+    ) -> std::io::Result<()>
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
@@ -350,10 +357,12 @@ impl Server {
         };
         match (kind, pending) {
             ("exec", Some(Pending::Exec(command))) | ("attach", Some(Pending::Attach(command))) => {
-                self.remote(&request, stream, &command, permit).await
+                self.remote(&request, stream, &command, permit, activity)
+                    .await
             }
             ("portforward", Some(Pending::PortForward { sandbox_id, ports })) => {
-                self.forward(&request, stream, &sandbox_id, &ports).await
+                self.forward(&request, stream, &sandbox_id, &ports, activity)
+                    .await
             }
             _ => http::refuse(&mut stream, not_found, &[], "404: Page Not Found\n").await,
         }
@@ -366,11 +375,11 @@ impl Server {
         mut stream: Prefixed<S>,
         command: &Command,
         permit: OwnedSemaphorePermit,
+        activity: &Arc<Activity>,
     ) -> std::io::Result<()>
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let activity = Activity::new();
         let backend = self.backend.as_ref();
         let survives = command.exec.is_some();
         if request.upgrades_to("websocket") {
@@ -386,8 +395,7 @@ impl Server {
                     streams.run(backend, command, form).await;
                 }
             };
-            self.session(driver, work, &activity, survives, permit)
-                .await;
+            self.session(driver, work, activity, survives, permit).await;
             return Ok(());
         }
         let names = SPDY_PROTOCOLS.map(|(name, ..)| name);
@@ -403,8 +411,7 @@ impl Server {
             }
             connection.finish().await;
         };
-        self.session(driver, work, &activity, survives, permit)
-            .await;
+        self.session(driver, work, activity, survives, permit).await;
         Ok(())
     }
 
@@ -415,18 +422,18 @@ impl Server {
         mut stream: Prefixed<S>,
         sandbox_id: &str,
         ports: &[u16],
+        activity: &Arc<Activity>,
     ) -> std::io::Result<()>
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let activity = Activity::new();
         let backend = self.backend.as_ref();
         if !request.upgrades_to("websocket") {
             let upgraded = spdy_upgrade(request, &mut stream, &[PORT_FORWARD]).await?;
             if upgraded.is_some() {
                 let (driver, connection) = spdy::serve(stream, activity.clone());
                 let work = forward::over_spdy(connection, backend, sandbox_id);
-                self.session_ends_with_client(driver, work, &activity).await;
+                self.session_ends_with_client(driver, work, activity).await;
             }
             return Ok(());
         }
@@ -447,7 +454,7 @@ impl Server {
                 }
             };
             let work = forward::over_spdy(connection, backend, sandbox_id);
-            self.session_ends_with_client(driver, work, &activity).await;
+            self.session_ends_with_client(driver, work, activity).await;
             return Ok(());
         }
         let (_, codec) = *find(&FORWARD_PROTOCOLS, |(known, _)| *known == name);
@@ -455,7 +462,7 @@ impl Server {
         let channels = u8::try_from(ports.len() * 2).expect("at most 64 ports");
         let (driver, connection) = websocket::serve(stream, codec, channels, activity.clone());
         let work = forward::over_websocket(connection, backend, sandbox_id, ports);
-        self.session_ends_with_client(driver, work, &activity).await;
+        self.session_ends_with_client(driver, work, activity).await;
         Ok(())
     }
 
@@ -474,7 +481,7 @@ impl Server {
             tokio::pin!(driver);
             tokio::select! {
                 () = &mut driver => {}
-                () = activity.idle(self.idle_timeout) => {}
+                () = activity.over(self.idle_timeout) => {}
                 () = &mut work => {
                     let _ = timeout(LINGER, driver).await;
                     return;
@@ -498,7 +505,7 @@ impl Server {
         tokio::pin!(driver);
         tokio::select! {
             () = &mut driver => {}
-            () = activity.idle(self.idle_timeout) => {}
+            () = activity.over(self.idle_timeout) => {}
             () = Box::pin(work) => {
                 let _ = timeout(LINGER, driver).await;
             }

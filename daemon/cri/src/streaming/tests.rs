@@ -684,6 +684,60 @@ async fn idle_sessions_end() {
 }
 
 #[tokio::test]
+async fn a_client_gone_behind_unread_input_is_noticed() {
+    let fixture = Fixture::new().await;
+    let url = fixture.exec(&["hang"], true, false, false);
+    let mut client = spdy(&url, "v4.channel.k8s.io").await;
+    open(&mut client, "error").await;
+    let stdin = open(&mut client, "stdin").await;
+    open(&mut client, "stdout").await;
+    for _ in 0..3 {
+        assert!(client.step().await, "a stream's reply");
+    }
+    // More than a channel holds, less than the socket takes: the end comes after it.
+    client.send(stdin, &vec![0; 300 << 10], false).await;
+    drop(client);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while fixture.server.sessions.available_permits() < MAX_SESSIONS {
+        assert!(tokio::time::Instant::now() < deadline, "the session stays");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    fixture.backend.release.notify_one();
+    fixture.idle().await;
+    fixture.stop().await;
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(256))]
+
+    /// What a client may send after the upgrade ends a session at worst.
+    #[test]
+    fn no_bytes_break_a_connection(
+        bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let feed = async |mut client: tokio::io::DuplexStream| {
+                let _ = client.write_all(&bytes).await;
+                let _ = client.shutdown().await;
+                let _ = timeout(Duration::from_secs(5), client.read_to_end(&mut Vec::new())).await;
+            };
+            let activity = Activity::new(None);
+            let (client, server) = tokio::io::duplex(4096);
+            let (driver, connection) = spdy::serve(server, activity.clone());
+            drop(connection);
+            tokio::join!(driver, feed(client));
+            for codec in [Codec::Binary, Codec::BinaryWithClose, Codec::Base64, Codec::Raw] {
+                let (client, server) = tokio::io::duplex(4096);
+                let (driver, connection) = websocket::serve(server, codec, 5, activity.clone());
+                drop(connection);
+                tokio::join!(driver, feed(client));
+            }
+        });
+    }
+}
+
+#[tokio::test]
 async fn fifty_execs_run_at_once() {
     let fixture = Fixture::new().await;
     let one = async |n: usize| {
