@@ -120,7 +120,8 @@ impl Wanted {
         let sets = CapSets {
             permitted,
             effective: self.sets.effective & permitted,
-            inheritable: self.sets.inheritable & (have.permitted | have.inheritable),
+            inheritable: self.sets.inheritable
+                & (have.inheritable | (have.permitted & self.bounding)),
         };
         sys::capset(sets).context(|| "apply capabilities")?;
         sys::prctl(libc::PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0).ok();

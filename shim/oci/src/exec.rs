@@ -133,7 +133,7 @@ impl Joining<'_> {
             .then(|| open("root", OFlags::PATH | OFlags::DIRECTORY))
             .transpose()?;
         let entry = match &self.record.group {
-            Some(group) if self.request.cgroup.is_empty() => group.entry_of(pid)?,
+            Some(group) if self.request.cgroup.is_empty() => group.entry_beside(pid)?,
             Some(group) => group.entry(self.request.cgroup)?,
             None => Entry::Writes(Vec::new()),
         };

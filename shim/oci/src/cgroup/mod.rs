@@ -179,12 +179,18 @@ impl Group {
         }
     }
 
-    /// What a process needs to get where process `pid` of the group is: on v2 an init that manages groups of its own has
-    /// left the group itself, which then takes no processes any more.
-    pub(crate) fn entry_of(&self, pid: i32) -> Result<Entry> {
+    /// What a process needs to get in beside process `pid`. On v2 a container may have handed controllers down to groups
+    /// of its own; its group then takes no processes, and the newcomer goes where init went.
+    pub(crate) fn entry_beside(&self, pid: i32) -> Result<Entry> {
         let Self::Unified { path } = self else {
             return self.entry("");
         };
+        if fs::read(path, "cgroup.subtree_control")
+            .unwrap_or_default()
+            .is_empty()
+        {
+            return self.entry("");
+        }
         let own = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
         let own = own
             .lines()

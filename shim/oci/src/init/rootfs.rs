@@ -171,6 +171,12 @@ pub(crate) fn mount(plan: &Plan<'_>, mut sources: Sources) -> Result<Tree> {
 fn detach_from_host(rootfs: &Path, (flag, recursive): (u64, bool)) -> Result<()> {
     let here = rustix::mount::open_tree(CWD, "/", OpenTreeFlags::OPEN_TREE_CLOEXEC)
         .context(|| "open /")?;
+    // What cannot be bound cannot become the new root: it becomes so at the end.
+    let (flag, recursive) = if flag == MS_UNBINDABLE {
+        (libc::MS_PRIVATE, true)
+    } else {
+        (flag, recursive)
+    };
     let change = AttrChange {
         propagation: flag,
         recursive,
