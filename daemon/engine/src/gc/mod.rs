@@ -1,17 +1,62 @@
-//! Garbage collection: mark, sweep, schedule.
+//! Garbage collection: what nothing keeps any more is removed, beside running requests.
 //!
-//! Until the collector lands, a synchronous delete returns without a collection.
+//! `mark.rs` decides (pure), `sweep.rs` removes in small batches, `scheduler.rs` says when. No step
+//! holds a lock that a request waits for longer than one small batch.
 
-/// A handle on the collector.
-#[derive(Debug, Clone, Default)]
-pub struct Collector {}
+mod mark;
+mod scheduler;
+mod sweep;
 
-impl Collector {
-    /// Runs one collection and waits for it.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub async fn run_now(&self) -> Result<(), lighter_store::Error> {
-        Ok(())
+use async_trait::async_trait;
+use lighter_proto::errdefs::{Classify, ErrorKind, render};
+use lighter_store::metadata::edges::Kind;
+
+pub use self::mark::Graph;
+pub use self::scheduler::{Collector, Config};
+pub use self::sweep::{Summary, Usage};
+
+/// Why a collection failed.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("gc failed: {reason}")]
+pub struct Error {
+    kind: ErrorKind,
+    reason: String,
+}
+
+impl Classify for Error {
+    fn kind(&self) -> ErrorKind {
+        self.kind
     }
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "used as `map_err(failed)`")]
+fn failed(error: lighter_store::Error) -> Error {
+    Error {
+        kind: error.kind(),
+        reason: render(&error),
+    }
+}
+
+/// An object of an engine that is collected like the records: a mount activation, a stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Item {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name, as reference labels have it.
+    pub id: String,
+    /// The lease that owns it; one without is kept while it is active.
+    pub lease: Option<String>,
+    /// Whether it is in use.
+    pub active: bool,
+}
+
+/// An engine whose objects are collected.
+#[async_trait]
+pub trait Collectable: Send + Sync + std::fmt::Debug {
+    /// What its objects are.
+    fn kind(&self) -> Kind;
+    /// All of them; must not wait.
+    fn items(&self) -> Vec<Item>;
+    /// Removes one that nothing keeps, unless it came into use meanwhile.
+    async fn remove(&self, namespace: &str, id: &str) -> Result<(), lighter_store::Error>;
 }

@@ -1,0 +1,309 @@
+//! Which objects are kept: a tri-colour mark over facts. Pure.
+//!
+//! An object is reached *full* (all its references are followed) or *flat* (only those it cannot be
+//! without). Reached flat first and full later, it is followed again. References may name objects
+//! that do not exist; they are remembered, because one of that name may come while a collection
+//! runs.
+
+use std::collections::HashMap;
+
+use lighter_store::metadata::collect::Judge;
+use lighter_store::metadata::edges::{Fact, Node, Reach};
+
+/// Objects, what keeps what, and how far each was reached.
+#[derive(Debug, Default)]
+pub struct Graph {
+    index: HashMap<Node, usize>,
+    objects: Vec<Object>,
+    roots: Vec<(usize, Reach)>,
+}
+
+#[derive(Debug, Default)]
+struct Object {
+    exists: bool,
+    reached: Option<Reach>,
+    edges: Vec<(usize, Reach)>,
+}
+
+impl Graph {
+    fn at(&mut self, node: Node) -> usize {
+        let next = self.objects.len();
+        let at = *self.index.entry(node).or_insert(next);
+        if at == next {
+            self.objects.push(Object::default());
+        }
+        at
+    }
+
+    /// Takes a fact in. Facts of all records come before [`Graph::mark`].
+    pub fn state(&mut self, fact: Fact) {
+        match fact {
+            Fact::Exists(node) => {
+                let at = self.at(node);
+                self.objects[at].exists = true;
+            }
+            Fact::Root(node, reach) => {
+                let at = self.at(node);
+                self.roots.push((at, reach));
+            }
+            Fact::Edge { from, to, by } => {
+                let (from, to) = (self.at(from), self.at(to));
+                self.objects[from].edges.push((to, by));
+            }
+        }
+    }
+
+    /// Reaches everything that the roots keep.
+    pub fn mark(&mut self) {
+        for (at, reach) in self.roots.clone() {
+            self.reach(at, reach);
+        }
+    }
+
+    fn reach(&mut self, at: usize, reach: Reach) {
+        let mut grey = vec![(at, reach)];
+        while let Some((at, reach)) = grey.pop() {
+            let object = &mut self.objects[at];
+            if object.reached >= Some(reach) {
+                continue;
+            }
+            object.reached = Some(reach);
+            grey.extend(
+                object
+                    .edges
+                    .iter()
+                    .filter(|(_, by)| *by <= reach)
+                    .map(|(to, _)| (*to, reach)),
+            );
+        }
+    }
+
+    /// Objects that exist and were not reached, children before their parents.
+    #[must_use]
+    pub fn garbage(&self) -> Vec<Node> {
+        let mut found: Vec<(usize, &Node)> = self
+            .index
+            .iter()
+            .map(|(node, at)| (*at, node))
+            .filter(|(at, _)| self.objects[*at].exists && self.objects[*at].reached.is_none())
+            .collect();
+        // Kinds in the order of their declaration, then what keeps before what it keeps.
+        let depth = self.depths();
+        found.sort_by_key(|(at, node)| (node.kind, depth[*at], *node));
+        found.into_iter().map(|(_, node)| node.clone()).collect()
+    }
+
+    /// For each object a number greater than that of everything that keeps it flat.
+    fn depths(&self) -> Vec<usize> {
+        let mut keepers = vec![0_usize; self.objects.len()];
+        let flat = |object: &Object| {
+            let edges = object.edges.clone();
+            edges.into_iter().filter(|(_, by)| *by == Reach::Flat)
+        };
+        for object in &self.objects {
+            for (to, _) in flat(object) {
+                keepers[to] += 1;
+            }
+        }
+        let mut depth = vec![0; self.objects.len()];
+        let mut ready: Vec<usize> = (0..keepers.len()).filter(|at| keepers[*at] == 0).collect();
+        while let Some(at) = ready.pop() {
+            for (to, _) in flat(&self.objects[at]) {
+                depth[to] = depth[to].max(depth[at] + 1);
+                keepers[to] -= 1;
+                if keepers[to] == 0 {
+                    ready.push(to);
+                }
+            }
+        }
+        depth
+    }
+
+    /// The shortest path from a root to `wanted`, both included; empty when nothing keeps it.
+    #[must_use]
+    pub fn why(&self, wanted: &Node) -> Vec<Node> {
+        let Some(&wanted) = self.index.get(wanted) else {
+            return Vec::new();
+        };
+        let mut from: HashMap<(usize, Reach), Option<(usize, Reach)>> = HashMap::new();
+        let mut queue = std::collections::VecDeque::new();
+        for &(at, reach) in &self.roots {
+            if self.objects[at].exists && from.insert((at, reach), None).is_none() {
+                queue.push_back((at, reach));
+            }
+        }
+        while let Some((at, reach)) = queue.pop_front() {
+            if at == wanted {
+                return self.path((at, reach), &from);
+            }
+            for &(to, by) in &self.objects[at].edges {
+                if by <= reach && !from.contains_key(&(to, reach)) {
+                    from.insert((to, reach), Some((at, reach)));
+                    queue.push_back((to, reach));
+                }
+            }
+        }
+        Vec::new()
+    }
+
+    fn path(
+        &self,
+        end: (usize, Reach),
+        from: &HashMap<(usize, Reach), Option<(usize, Reach)>>,
+    ) -> Vec<Node> {
+        let mut steps = vec![end.0];
+        let mut at = end;
+        while let Some(Some(before)) = from.get(&at) {
+            steps.push(before.0);
+            at = *before;
+        }
+        steps.reverse();
+        let names: HashMap<usize, &Node> = self.index.iter().map(|(n, at)| (*at, n)).collect();
+        steps.iter().map(|at| names[at].clone()).collect()
+    }
+}
+
+impl Judge for Graph {
+    fn shade(&mut self, node: &Node) {
+        // What the scan knows nothing of is no candidate, and what it refers to is shaded as well.
+        if let Some(&at) = self.index.get(node) {
+            self.reach(at, Reach::Full);
+        }
+    }
+
+    fn is_garbage(&self, node: &Node) -> bool {
+        self.index
+            .get(node)
+            .is_some_and(|at| self.objects[*at].reached.is_none())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use lighter_store::metadata::edges::Kind;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn node(n: u8) -> Node {
+        Node::new(Kind::Content, "n", &n.to_string())
+    }
+
+    fn reach() -> impl Strategy<Value = Reach> {
+        prop_oneof![Just(Reach::Flat), Just(Reach::Full)]
+    }
+
+    /// Repeats until nothing changes: slow and plain.
+    fn naive(roots: &[(u8, Reach)], edges: &[(u8, u8, Reach)]) -> BTreeSet<(u8, Reach)> {
+        let mut reached: BTreeSet<(u8, Reach)> = roots.iter().copied().collect();
+        loop {
+            let mut next = reached.clone();
+            for (from, to, by) in edges {
+                for have in [Reach::Flat, Reach::Full] {
+                    if have >= *by && reached.contains(&(*from, have)) {
+                        next.insert((*to, have));
+                    }
+                }
+            }
+            if next == reached {
+                return reached;
+            }
+            reached = next;
+        }
+    }
+
+    fn graph(count: u8, roots: &[(u8, Reach)], edges: &[(u8, u8, Reach)]) -> Graph {
+        let mut graph = Graph::default();
+        for n in 0..count {
+            graph.state(Fact::Exists(node(n)));
+        }
+        for (from, to, by) in edges {
+            graph.state(Fact::Edge {
+                from: node(*from),
+                to: node(*to),
+                by: *by,
+            });
+        }
+        for (at, reach) in roots {
+            graph.state(Fact::Root(node(*at), *reach));
+        }
+        graph
+    }
+
+    fn names(nodes: &[Node]) -> BTreeSet<u8> {
+        nodes
+            .iter()
+            .map(|n| n.id.parse().expect("a number"))
+            .collect()
+    }
+
+    proptest! {
+        #[test]
+        fn mark_is_naive_reachability(
+            roots in proptest::collection::vec((0..12_u8, reach()), 0..4),
+            edges in proptest::collection::vec((0..12_u8, 0..12_u8, reach()), 0..30),
+        ) {
+            let mut graph = graph(12, &roots, &edges);
+            graph.mark();
+            let kept: BTreeSet<u8> = naive(&roots, &edges).into_iter().map(|(n, _)| n).collect();
+            let garbage: BTreeSet<u8> = (0..12).filter(|n| !kept.contains(n)).collect();
+            prop_assert_eq!(names(&graph.garbage()), garbage);
+            for n in 0..12 {
+                let path = graph.why(&node(n));
+                prop_assert_eq!(!path.is_empty(), kept.contains(&n));
+                prop_assert!(path.is_empty() || *path.last().unwrap() == node(n));
+            }
+        }
+
+        /// Edges that come while the mark runs, their targets shaded as the barrier does it: what
+        /// is reachable in the end is never garbage.
+        #[test]
+        fn what_the_barrier_saw_is_kept(
+            roots in proptest::collection::vec((0..12_u8, reach()), 0..4),
+            before in proptest::collection::vec((0..12_u8, 0..12_u8, reach()), 0..20),
+            lost in proptest::collection::vec(0..20_usize, 0..5),
+            later in proptest::collection::vec((0..12_u8, 0..12_u8, reach()), 0..8),
+            new_roots in proptest::collection::vec((0..12_u8, reach()), 0..3),
+        ) {
+            // The scan may or may not have seen an edge that was removed meanwhile.
+            let seen: Vec<_> = before.iter().enumerate()
+                .filter(|(n, _)| !(lost.contains(n) && n % 2 == 0)).map(|(_, e)| *e).collect();
+            let mut graph = graph(12, &roots, &seen);
+            graph.mark();
+            for (_, to, _) in &later {
+                graph.shade(&node(*to));
+            }
+            for (root, _) in &new_roots {
+                graph.shade(&node(*root));
+            }
+            let now: Vec<_> = before.iter().enumerate()
+                .filter(|(n, _)| !lost.contains(n)).map(|(_, e)| *e).chain(later.clone()).collect();
+            let all: Vec<_> = roots.iter().chain(&new_roots).copied().collect();
+            for (kept, _) in naive(&all, &now) {
+                prop_assert!(!graph.is_garbage(&node(kept)), "{} was taken", kept);
+            }
+        }
+    }
+
+    #[test]
+    fn garbage_comes_children_first() {
+        let mut graph = graph(
+            4,
+            &[],
+            &[
+                (3, 1, Reach::Flat),
+                (1, 0, Reach::Flat),
+                (2, 0, Reach::Flat),
+            ],
+        );
+        graph.mark();
+        let order: Vec<String> = graph.garbage().iter().map(|n| n.id.to_string()).collect();
+        let at = |id: &str| order.iter().position(|other| other == id);
+        assert!(
+            at("3") < at("1") && at("1") < at("0") && at("2") < at("0"),
+            "{order:?}"
+        );
+    }
+}

@@ -1,0 +1,241 @@
+//! When collections run.
+//!
+//! ```text
+//! start ─► startup delay ─► reconcile + collect ─► idle ──removal / mutations──► wait interval ─► collect
+//!                                                   ▲                                           │
+//!                                                   └───────────────────────────────────────────┘
+//! ```
+//!
+//! What records gave up by themselves (a removed snapshot's directory) goes soon after, without a
+//! collection. A failed run is repeated after the interval and a second.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use lighter_store::metadata::Db;
+use lighter_store::metadata::edges::Node;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::sweep::{self, Summary, Usage};
+use super::{Collectable, Error, failed};
+
+/// The least time that a run is counted with.
+const LEAST_RUN: Duration = Duration::from_millis(5);
+/// How long a failed run is waited after, besides the interval.
+const FAILED_PAUSE: Duration = Duration::from_secs(1);
+/// How long removals gather before what they gave up is removed below.
+const RECLAIM_DELAY: Duration = Duration::from_millis(20);
+/// How often the counts are looked at when nothing was removed.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+/// The scheduler's knobs (`io.containerd.gc.v1.scheduler`).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Share of time that collections may take, at most 0.5.
+    pub pause_threshold: f64,
+    /// Removals that start a run at once; 0: a removal only makes the next scheduled run happen.
+    pub deletion_threshold: u64,
+    /// Changes that make the next run happen.
+    pub mutation_threshold: u64,
+    /// How long a run that was triggered waits.
+    pub schedule_delay: Duration,
+    /// When the first run is.
+    pub startup_delay: Duration,
+    /// After a database was rebuilt from an export: nothing below is removed for want of a record.
+    pub keep_unknown: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            pause_threshold: 0.02,
+            deletion_threshold: 0,
+            mutation_threshold: 100,
+            schedule_delay: Duration::ZERO,
+            startup_delay: Duration::from_millis(100),
+            keep_unknown: false,
+        }
+    }
+}
+
+/// A handle on the collector; clones share it.
+#[derive(Debug, Clone)]
+pub struct Collector {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    db: Db,
+    config: Config,
+    engines: Mutex<Vec<Arc<dyn Collectable>>>,
+    /// Held by the run under way; holds the result of the last.
+    run: tokio::sync::Mutex<Option<Result<Summary, Error>>>,
+    /// Runs begun.
+    begun: AtomicU64,
+    /// Owns runs whose callers went away.
+    tasks: TaskTracker,
+}
+
+impl Collector {
+    /// A collector of `db`; nothing runs before [`Collector::run`] or [`Collector::run_now`].
+    #[must_use]
+    pub fn new(db: Db, config: Config) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                db,
+                config,
+                engines: Mutex::default(),
+                run: tokio::sync::Mutex::default(),
+                begun: AtomicU64::new(0),
+                tasks: TaskTracker::new(),
+            }),
+        }
+    }
+
+    /// Has the objects of an engine collected as well.
+    pub fn register(&self, engine: Arc<dyn Collectable>) {
+        self.engines().push(engine);
+    }
+
+    fn engines(&self) -> std::sync::MutexGuard<'_, Vec<Arc<dyn Collectable>>> {
+        let engines = self.inner.engines.lock();
+        engines.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs one whole collection that begins after this call, and waits for it. Callers that wait at
+    /// the same time share one.
+    ///
+    /// # Errors
+    /// `gc failed`, with the reason.
+    ///
+    /// # Cancellation
+    /// The collection goes on.
+    pub async fn run_now(&self) -> Result<Summary, Error> {
+        let asked = self.inner.begun.load(Ordering::SeqCst);
+        let this = self.clone();
+        let job = self.inner.tasks.spawn(async move {
+            let mut run = this.inner.run.lock().await;
+            if this.inner.begun.load(Ordering::SeqCst) > asked
+                && let Some(done) = run.as_ref()
+            {
+                return done.clone();
+            }
+            this.inner.begun.fetch_add(1, Ordering::SeqCst);
+            let result = this.collect().await;
+            *run = Some(result.clone());
+            result
+        });
+        job.await.unwrap_or_else(|error| {
+            Err(Error {
+                kind: lighter_proto::errdefs::ErrorKind::Internal,
+                reason: error.to_string(),
+            })
+        })
+    }
+
+    async fn collect(&self) -> Result<Summary, Error> {
+        let began = Instant::now();
+        let _counted = self.inner.db.take_counts();
+        let engines = self.engines().clone();
+        let db = self.inner.db.clone();
+        let swept = blocking(move || sweep::sweep(&db, &engines)).await;
+        let (mut summary, others) = swept.map_err(failed)?;
+        let engines = self.engines().clone();
+        sweep::remove_items(&engines, &others, &mut summary).await;
+        summary.reclaimed = self.inner.db.reclaim().await;
+        summary.took = began.elapsed();
+        tracing::debug!(took = ?summary.took, removed = ?summary.removed, "collection");
+        Ok(summary)
+    }
+
+    /// The path from a root to `object`, both included; empty when nothing keeps it.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn why(&self, object: Node) -> Result<Vec<Node>, Error> {
+        let (db, engines) = (self.inner.db.clone(), self.engines().clone());
+        let found = blocking(move || Ok(sweep::graph(&db, &engines)?.why(&object))).await;
+        found.map_err(failed)
+    }
+
+    /// What uses the disk, by namespace and kind, and how much of it a collection would free.
+    ///
+    /// # Errors
+    /// When the database or a snapshotter fails.
+    pub async fn disk_usage(&self) -> Result<Vec<Usage>, Error> {
+        let (db, engines) = (self.inner.db.clone(), self.engines().clone());
+        let graph = blocking(move || sweep::graph(&db, &engines)).await;
+        let graph = graph.map_err(failed)?;
+        sweep::usage(&self.inner.db, &graph).await.map_err(failed)
+    }
+
+    /// Schedules collections until `stop`; then waits for the one under way.
+    pub async fn run(self, stop: CancellationToken) {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = self.schedule() => {}
+        }
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+
+    async fn schedule(&self) {
+        let Inner { db, config, .. } = &*self.inner;
+        tokio::time::sleep(config.startup_delay).await;
+        if !config.keep_unknown
+            && let Err(error) = db.reconcile().await
+        {
+            tracing::warn!(%error, "stores are not reconciled");
+        }
+        let mut interval = self.timed().await;
+        loop {
+            // Not cancel-safe branches do not matter: both only wake the loop.
+            tokio::select! {
+                () = db.removed() => tokio::time::sleep(RECLAIM_DELAY).await,
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+            if !config.keep_unknown {
+                db.reclaim().await;
+            }
+            let counts = db.counts();
+            let at_once =
+                config.deletion_threshold > 0 && counts.removals >= config.deletion_threshold;
+            if !at_once && counts.removals == 0 && counts.mutations < config.mutation_threshold {
+                continue;
+            }
+            let wait = if at_once { Duration::ZERO } else { interval };
+            tokio::time::sleep(config.schedule_delay + wait).await;
+            interval = self.timed().await;
+        }
+    }
+
+    /// Runs once; returns how long to wait before the next.
+    async fn timed(&self) -> Duration {
+        let outcome = self.run_now().await;
+        let (took, pause) = match &outcome {
+            Ok(summary) => (summary.took.max(LEAST_RUN), Duration::ZERO),
+            Err(error) => {
+                tracing::warn!(%error, "a collection failed; it is tried again");
+                (LEAST_RUN, FAILED_PAUSE)
+            }
+        };
+        let share = self.inner.config.pause_threshold.clamp(0.001, 0.5);
+        took.mul_f64(1.0 / share) - took + pause
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, lighter_store::Error> + Send + 'static,
+) -> Result<T, lighter_store::Error> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| {
+        Err(lighter_store::Error::Io {
+            operation: "collect in",
+            path: std::path::PathBuf::new(),
+            source: std::io::Error::other(error),
+        })
+    })
+}
