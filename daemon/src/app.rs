@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use lighter_engine::differ::Differ;
-use lighter_engine::gc::Collector;
+use lighter_engine::gc::{self, Collector};
 use lighter_engine::mounts::Mounts;
 use lighter_engine::runtime::{self, Launcher, LogLevel, Manager};
 use lighter_engine::sandbox::{Sandboxes, ShimController};
@@ -122,6 +122,7 @@ impl App {
             let (state, root) = (config.state.clone(), config.root.clone());
             tokio::task::spawn_blocking(move || Mounts::open(&state, &root)).await??
         };
+        let collector = Collector::new(db.clone(), gc_config(&config)?);
         let streams = Streams::new();
         let transfer = transfers::build(&config, db.clone(), streams.clone(), tracker.clone())?;
 
@@ -145,7 +146,7 @@ impl App {
         let engines = Engines {
             db: db.clone(),
             tasks: tasks.clone(),
-            collector: Collector::default(),
+            collector: collector.clone(),
             differ: Differ {
                 content: db.content(),
                 processors: transfers::processors(&config),
@@ -194,6 +195,7 @@ impl App {
             let pages = debug_pages(Arc::clone(&report), metrics.clone());
             tracker.spawn(http::serve_unix(listener, pages, stop.clone()));
         }
+        tracker.spawn(collector.run(stop.clone()));
         tracker.spawn(served(
             "grpc",
             grpc::serve_unix(unix, routes, in_flight, metrics, stop.clone()),
@@ -244,6 +246,19 @@ impl App {
         info!("stopped; containers go on");
         Ok(())
     }
+}
+
+/// When collections run.
+fn gc_config(config: &Config) -> anyhow::Result<gc::Config> {
+    let scheduler = &config.plugins.scheduler;
+    Ok(gc::Config {
+        pause_threshold: scheduler.pause_threshold,
+        deletion_threshold: scheduler.deletion_threshold.into(),
+        mutation_threshold: scheduler.mutation_threshold.into(),
+        schedule_delay: crate::config::duration("schedule_delay", &scheduler.schedule_delay)?,
+        startup_delay: crate::config::duration("startup_delay", &scheduler.startup_delay)?,
+        ..gc::Config::default()
+    })
 }
 
 /// What the task manager is made of.
