@@ -120,3 +120,6 @@ impl Db {
         self.inner.tasks.wait().await;
     }
 }
+
+#[cfg(test)]
+mod tests;
