@@ -23,9 +23,6 @@ pub(crate) enum Error {
     /// The state does not allow the call.
     #[error("{0}")]
     Precondition(String),
-    /// The runtime in use lacks the operation.
-    #[error("{0}")]
-    Unsupported(String),
     /// The OCI runtime failed; the text is what it said.
     #[error("{0}")]
     Runtime(String),
@@ -92,7 +89,6 @@ impl Classify for Error {
             Self::AlreadyExists(_) => ErrorKind::AlreadyExists,
             Self::InvalidArgument(_) => ErrorKind::InvalidArgument,
             Self::Precondition(_) => ErrorKind::FailedPrecondition,
-            Self::Unsupported(_) => ErrorKind::Unimplemented,
             Self::Timeout { .. } => ErrorKind::DeadlineExceeded,
             // Engines read the text of a runtime failure under code Unknown, as upstream sends it.
             Self::Runtime(_) | Self::Io { .. } | Self::System { .. } => ErrorKind::Unknown,

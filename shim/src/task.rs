@@ -4,38 +4,42 @@
 //! parallel, the state machine keeps them apart. The state itself is behind a lock that is never
 //! held across an await, so `State`, `Wait` and exits are never kept waiting by a runtime.
 
+mod create;
+mod execs;
+mod watch;
+
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use lighter_proto::containerd::events;
 use lighter_proto::containerd::runc::v1::{CheckpointOptions, Options, ProcessDetails};
 use lighter_proto::containerd::task::v3 as api;
-use lighter_proto::containerd::types::Mount;
 use lighter_proto::containerd::v1::types::{ProcessInfo, Status as WireStatus};
 use lighter_proto::time::to_timestamp;
 use prost_types::Any;
 use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::{debug, info};
 
-use crate::bundle::{self, Spec};
 use crate::cgroup::{Cgroup, OomWatch};
 use crate::error::{Error, Result};
 use crate::io::{ChildStdio, Context, ProcessIo, Stdio};
 use crate::mount;
-use crate::process::{Container, Effect, Exit, Input, Phase, Refusal, Status};
+use crate::process::{Container, Exit, Input, Phase, Refusal, Status};
 use crate::publish::Publisher;
 use crate::reaper::Reaper;
 use crate::runtime::builtin::Library;
-use crate::runtime::{self, Create, Exec, OciRuntime, Restore, Running, Target};
+use crate::runtime::{OciRuntime, Restore, Running};
 use crate::sys;
 
 /// How long a delete waits for output that nobody reads.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// How long a delete waits for a process it killed.
 const EXIT_LIMIT: Duration = Duration::from_secs(10);
+/// The signal that no process survives, unless it is frozen.
+const SIGKILL: u32 = 9;
 /// Longest id of a container or exec.
 const MAX_ID_BYTES: usize = 128;
 
@@ -112,117 +116,6 @@ pub(crate) fn check_id(id: &str) -> Result<()> {
 }
 
 impl Task {
-    /// Creates a container as a request asks. A failure leaves nothing behind and tells nobody.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for what the request has wrong; else what the system or the runtime said.
-    pub(crate) async fn create(
-        core: Arc<Core>,
-        request: api::CreateTaskRequest,
-        options: Options,
-    ) -> Result<(Arc<Self>, u32)> {
-        let bundle = PathBuf::from(&request.bundle);
-        if !bundle.is_absolute() {
-            return Err(Error::InvalidArgument(format!(
-                "bundle {:?}: not absolute",
-                request.bundle
-            )));
-        }
-        bundle::record(&bundle, &options)?;
-        let rootfs = bundle.join("rootfs");
-        let made = Self::create_recorded(&core, &request, options, bundle.clone(), &rootfs).await;
-        if made.is_err() {
-            if !request.rootfs.is_empty() {
-                mount::unmount(&rootfs);
-            }
-            bundle::forget(&bundle);
-        }
-        made
-    }
-
-    async fn create_recorded(
-        core: &Arc<Core>,
-        request: &api::CreateTaskRequest,
-        options: Options,
-        bundle: PathBuf,
-        rootfs: &Path,
-    ) -> Result<(Arc<Self>, u32)> {
-        mount::mount_all(&core.reaper, &request.rootfs, rootfs).await?;
-        let target = Target::new(
-            &request.id,
-            bundle.clone(),
-            &core.namespace,
-            options.clone(),
-        );
-        let runtime = runtime::open(target, core)?;
-        let stdio = Stdio {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
-        let context = io_context(core, &request.id, &options);
-        let (io, child) = ProcessIo::open(&stdio, &context).await?;
-        let io = Arc::new(io);
-        let mut task = Self {
-            core: core.clone(),
-            id: request.id.clone(),
-            bundle,
-            options: options.clone(),
-            runtime,
-            io: io.clone(),
-            checkpoint: None,
-            ops: tokio::sync::Mutex::new(()),
-            inner: Mutex::new(Inner {
-                machine: Container::created(&request.id, 0),
-                execs: HashMap::new(),
-                cgroup: None,
-                oom: None,
-                restore: None,
-            }),
-            changed: Notify::new(),
-        };
-        if !request.checkpoint.is_empty() {
-            let parent = Some(&request.parent_checkpoint).filter(|p| !p.is_empty());
-            task.checkpoint = Some((
-                PathBuf::from(&request.checkpoint),
-                parent.map(PathBuf::from),
-            ));
-            task.locked().restore = Some(child);
-            let task = Arc::new(task);
-            task.announce_create(&request.rootfs, &request.checkpoint, 0);
-            return Ok((task, 0));
-        }
-        let created = match task.runtime.create(Create { stdio: child }).await {
-            Ok(mut running) => match task.adopt(&io, &mut running).await {
-                Ok(()) => Ok(running),
-                Err(error) => {
-                    // The container exists, but without its streams it is of no use.
-                    if let Err(error) = task.runtime.delete(true).await {
-                        warn!(container_id = %task.id, %error, "cannot delete after a failed create");
-                    }
-                    Err(error)
-                }
-            },
-            Err(error) => Err(error),
-        };
-        let running = match created {
-            Ok(running) => running,
-            Err(error) => {
-                io.close().await;
-                return Err(error);
-            }
-        };
-        let pid = running.pid;
-        task.locked().machine = Container::created(&request.id, pid);
-        let task = Arc::new(task);
-        task.watch_cgroup(pid);
-        task.announce_create(&request.rootfs, "", pid);
-        task.watch_exit(None, running);
-        info!(container_id = %task.id, pid, "container created");
-        Ok((task, pid))
-    }
-
     async fn adopt(&self, io: &ProcessIo, running: &mut Running) -> Result<()> {
         let Some(terminal) = running.terminal.take() else {
             return Ok(());
@@ -231,92 +124,8 @@ impl Task {
             .await
     }
 
-    fn announce_create(&self, rootfs: &[Mount], checkpoint: &str, pid: u32) {
-        let stdio = self.io.stdio();
-        self.core.publisher.publish(
-            "/tasks/create",
-            &events::TaskCreate {
-                container_id: self.id.clone(),
-                bundle: self.bundle.display().to_string(),
-                rootfs: rootfs.to_vec(),
-                io: Some(events::TaskIo {
-                    stdin: stdio.stdin.clone(),
-                    stdout: stdio.stdout.clone(),
-                    stderr: stdio.stderr.clone(),
-                    terminal: stdio.terminal,
-                }),
-                checkpoint: checkpoint.to_owned(),
-                pid,
-            },
-        );
-    }
-
     fn locked(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Finds the container's cgroup while init is surely alive, and watches it for OOM kills.
-    fn watch_cgroup(self: &Arc<Self>, pid: u32) {
-        let cgroup = match Cgroup::of(pid) {
-            Ok(cgroup) => cgroup,
-            Err(error) => {
-                warn!(container_id = %self.id, %error, "no cgroup: no metrics, no OOM events");
-                return;
-            }
-        };
-        match cgroup.watch_oom() {
-            Ok(watch) => {
-                self.locked().oom = Some(watch.clone());
-                let task = self.clone();
-                self.core.tracker.spawn(async move {
-                    while watch.changed().await {
-                        task.report_oom();
-                    }
-                });
-            }
-            Err(error) => warn!(container_id = %self.id, %error, "no OOM events"),
-        }
-        self.locked().cgroup = Some(cgroup);
-    }
-
-    fn report_oom(&self) {
-        let inner = self.locked();
-        self.report_oom_locked(&inner);
-    }
-
-    /// Announces OOM kills that were not announced yet.
-    fn report_oom_locked(&self, inner: &Inner) {
-        let Some(watch) = &inner.oom else { return };
-        for _ in 0..watch.take() {
-            let event = events::TaskOom {
-                container_id: self.id.clone(),
-            };
-            self.core.publisher.publish("/tasks/oom", &event);
-        }
-    }
-
-    /// Waits for a process's exit in the background.
-    fn watch_exit(self: &Arc<Self>, exec: Option<String>, running: Running) {
-        let task = self.clone();
-        self.core.tracker.spawn(async move {
-            let exit = running.exit.exit().await;
-            task.exited(exec, exit);
-        });
-    }
-
-    fn exited(self: &Arc<Self>, exec: Option<String>, exit: Exit) {
-        {
-            let inner = self.locked();
-            let io = match exec.as_deref() {
-                None => Some(self.io.clone()),
-                Some(id) => inner.execs.get(id).and_then(|data| data.io.clone()),
-            };
-            if let Some(io) = io {
-                io.finish();
-            }
-        }
-        // The process may have been deleted by force meanwhile.
-        let _ = self.apply(Input::Exited(exec, exit));
     }
 
     /// Feeds the state machine and carries out what it says.
@@ -329,78 +138,6 @@ impl Task {
         drop(inner);
         self.changed.notify_waiters();
         Ok(())
-    }
-
-    fn carry_out(self: &Arc<Self>, inner: &mut Inner, effect: Effect) {
-        let publisher = &self.core.publisher;
-        let container_id = self.id.clone();
-        match effect {
-            Effect::ExecAdded(exec_id) => publisher.publish(
-                "/tasks/exec-added",
-                &events::TaskExecAdded {
-                    container_id,
-                    exec_id,
-                },
-            ),
-            Effect::Started(None, pid) => {
-                publisher.publish("/tasks/start", &events::TaskStart { container_id, pid });
-            }
-            Effect::Started(Some(exec_id), pid) => publisher.publish(
-                "/tasks/exec-started",
-                &events::TaskExecStarted {
-                    container_id,
-                    exec_id,
-                    pid,
-                },
-            ),
-            Effect::Exited(who, pid, exit) => {
-                if who.is_none() {
-                    self.report_oom_locked(inner);
-                    if let Some(watch) = inner.oom.take() {
-                        watch.stop();
-                    }
-                }
-                info!(container_id = %self.id, pid, status = exit.status, "process exited");
-                let id = who.unwrap_or_else(|| self.id.clone());
-                publisher.publish(
-                    "/tasks/exit",
-                    &events::TaskExit {
-                        container_id,
-                        id,
-                        pid,
-                        exit_status: exit.status,
-                        exited_at: Some(to_timestamp(exit.at)),
-                    },
-                );
-            }
-            Effect::InitGone { thaw } => {
-                let task = self.clone();
-                self.core
-                    .tracker
-                    .spawn(async move { task.clear_out(thaw).await });
-            }
-            Effect::Paused => {
-                publisher.publish("/tasks/paused", &events::TaskPaused { container_id });
-            }
-            Effect::Resumed => {
-                publisher.publish("/tasks/resumed", &events::TaskResumed { container_id });
-            }
-        }
-    }
-
-    /// Init is gone: what else runs in the container goes too.
-    async fn clear_out(&self, thaw: bool) {
-        if thaw && let Err(error) = self.runtime.resume().await {
-            warn!(container_id = %self.id, %error, "cannot thaw");
-        }
-        // Without a readable spec the safe assumption is that processes are left.
-        let private = Spec::read(&self.bundle).is_ok_and(|spec| spec.has_private_pids());
-        if !private
-            && let Err(error) = self.runtime.kill(9, true).await
-            && !matches!(error, Error::NotFound(_))
-        {
-            warn!(container_id = %self.id, %error, "cannot kill what init left behind");
-        }
     }
 
     /// Pid of init; 0 before there is one.
@@ -466,89 +203,6 @@ impl Task {
             .await?;
         self.adopt(&self.io, &mut running).await?;
         Ok(running)
-    }
-
-    async fn start_exec(self: &Arc<Self>, id: String) -> Result<u32> {
-        let (stdio, spec) = {
-            let inner = self.locked();
-            let data = inner
-                .execs
-                .get(&id)
-                .ok_or_else(|| Refusal::NoExec(id.clone()))?;
-            (data.stdio.clone(), data.spec.clone())
-        };
-        self.apply(Input::Start(Some(id.clone())))?;
-        match self.launch_exec(&id, &stdio, spec).await {
-            Ok(running) => {
-                let pid = running.pid;
-                self.apply(Input::Started(Some(id.clone()), pid))?;
-                self.watch_exit(Some(id), running);
-                Ok(pid)
-            }
-            Err(error) => {
-                self.apply(Input::StartFailed(Some(id), SystemTime::now()))?;
-                Err(error)
-            }
-        }
-    }
-
-    async fn launch_exec(&self, id: &str, stdio: &Stdio, spec: Vec<u8>) -> Result<Running> {
-        let context = io_context(&self.core, &self.id, &self.options);
-        let (io, child) = ProcessIo::open(stdio, &context).await?;
-        let io = Arc::new(io);
-        let exec = Exec {
-            exec_id: id.to_owned(),
-            spec,
-            stdio: child,
-        };
-        let launched = match self.runtime.exec(exec).await {
-            Ok(mut running) => match self.adopt(&io, &mut running).await {
-                Ok(()) => Ok(running),
-                Err(error) => {
-                    let _ = sys::kill(running.pid, 9);
-                    Err(error)
-                }
-            },
-            Err(error) => Err(error),
-        };
-        if launched.is_err() {
-            io.close().await;
-        } else if let Some(data) = self.locked().execs.get_mut(id) {
-            if data.input_closed {
-                io.close_stdin();
-            }
-            data.io = Some(io);
-        }
-        launched
-    }
-
-    /// Registers an exec.
-    ///
-    /// # Errors
-    /// `AlreadyExists`, `InvalidArgument`, `FailedPrecondition`.
-    pub(crate) fn add_exec(self: &Arc<Self>, request: api::ExecProcessRequest) -> Result<()> {
-        check_id(&request.exec_id)?;
-        let spec = request.spec.map(|any| any.value).unwrap_or_default();
-        if serde_json::from_slice::<serde::de::IgnoredAny>(&spec).is_err() {
-            return Err(Error::InvalidArgument(format!(
-                "exec {}: its spec is not JSON",
-                request.exec_id
-            )));
-        }
-        let data = ExecData {
-            stdio: Stdio {
-                stdin: request.stdin,
-                stdout: request.stdout,
-                stderr: request.stderr,
-                terminal: request.terminal,
-            },
-            spec,
-            io: None,
-            input_closed: false,
-        };
-        self.apply(Input::ExecAdd(request.exec_id.clone()))?;
-        self.locked().execs.insert(request.exec_id, data);
-        Ok(())
     }
 
     /// What a client sees of a process.
@@ -634,7 +288,16 @@ impl Task {
                 return Err(Error::Precondition("process not created".to_owned()));
             }
         }
-        self.runtime.kill(signal, all).await
+        self.runtime.kill(signal, all).await?;
+        // A frozen process dies only when it thaws.
+        let frozen = self.locked().machine.status(None) == Some(Status::Paused);
+        if frozen
+            && signal == SIGKILL
+            && let Err(error) = self.runtime.resume().await
+        {
+            debug!(container_id = %self.id, %error, "nothing to thaw after the kill");
+        }
+        Ok(())
     }
 
     /// Deletes an exec, or the whole container; then the owner forgets this task.
@@ -649,24 +312,6 @@ impl Task {
             Some(id) => self.delete_exec(id).await,
             None => self.delete_init().await,
         }
-    }
-
-    async fn delete_exec(self: &Arc<Self>, id: String) -> Result<api::DeleteResponse> {
-        let process = {
-            let inner = self.locked();
-            let process = inner.machine.process(Some(&id));
-            process
-                .cloned()
-                .ok_or_else(|| Refusal::NoExec(id.clone()))?
-        };
-        self.apply(Input::Delete(Some(id.clone())))?;
-        let data = self.locked().execs.remove(&id);
-        if let Some(io) = data.and_then(|data| data.io) {
-            io.drained(DRAIN_LIMIT).await;
-            io.close().await;
-        }
-        let _ = std::fs::remove_file(bundle::exec_pid_file(&self.bundle, &id));
-        Ok(deleted(process.pid, process.exit))
     }
 
     async fn delete_init(self: &Arc<Self>) -> Result<api::DeleteResponse> {

@@ -3,10 +3,10 @@
 //! What may take its time runs in a [worker]; signals and lists are system calls and happen at once.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
-use lighter_oci::Status;
 use lighter_oci::spec::{Process, Resources, Spec};
 use lighter_oci::{
     CgroupDriver, CreateRequest, Deletion, ExecRequest, KeyringMode, KillScope, Options, Parentage,
@@ -20,6 +20,7 @@ use crate::error::{Error, Result};
 use crate::io::ChildStdio;
 use crate::process::Refusal;
 use crate::reaper::Reaper;
+use crate::sys;
 use crate::worker::{self, Answer, Failure, Fault};
 
 /// The built-in runtime of one container.
@@ -27,6 +28,8 @@ use crate::worker::{self, Answer, Failure, Fault};
 pub(crate) struct BuiltinRuntime {
     target: Target,
     runtime: Shared,
+    /// Pid of init; 0 before there is one.
+    init: AtomicU32,
     reaper: Reaper,
     /// For the runtime's command line.
     socket_dir: PathBuf,
@@ -156,6 +159,7 @@ impl BuiltinRuntime {
         Ok(Self {
             target,
             runtime,
+            init: AtomicU32::new(0),
             reaper,
             socket_dir,
         })
@@ -177,15 +181,6 @@ impl BuiltinRuntime {
         } else {
             KeyringMode::Own
         }
-    }
-
-    /// Signals init, and says in which state the container was.
-    fn signal_init(&self, signal: i32) -> lighter_oci::Result<Status> {
-        let runtime = locked(&self.runtime);
-        let container = runtime.container(&self.target.id)?;
-        let status = container.state()?.status;
-        container.kill(signal, KillScope::Init)?;
-        Ok(status)
     }
 
     /// Runs work on the container in a worker.
@@ -237,6 +232,7 @@ impl OciRuntime for BuiltinRuntime {
         })
         .await?
         .map_err(|failure| failed("OCI runtime create failed", &failure))?;
+        self.init.store(answer.pid, Ordering::Relaxed);
         let pid_file = self.target.bundle.join("init.pid");
         std::fs::write(&pid_file, answer.pid.to_string()).map_err(Error::io("write", &pid_file))?;
         Ok(Running {
@@ -288,17 +284,15 @@ impl OciRuntime for BuiltinRuntime {
                 Fault::Other => failed("unknown error after kill", &failure),
             });
         }
-        match self.signal_init(signal) {
-            // A frozen process dies only when it thaws.
-            Ok(Status::Paused) if signal == libc::SIGKILL => self.resume().await,
-            Ok(_) => Ok(()),
-            Err(lighter_oci::Error::NotRunning) => Err(Refusal::Finished.into()),
-            Err(lighter_oci::Error::NotFound { .. }) => {
-                Err(Error::NotFound("no such container".to_owned()))
+        // Init is our child and not reaped, or the state would say so: its pid is its own.
+        let number = signal.cast_unsigned();
+        sys::kill(self.init.load(Ordering::Relaxed), number).map_err(|error| {
+            match error.raw_os_error() {
+                Some(libc::ESRCH) => Refusal::Finished.into(),
+                Some(libc::EINVAL) => Error::InvalidArgument(format!("unknown signal {number}")),
+                _ => Error::system("kill")(error),
             }
-            Err(lighter_oci::Error::Spec(text)) => Err(Error::InvalidArgument(text)),
-            Err(other) => Err(Error::Runtime(format!("unknown error after kill: {other}"))),
-        }
+        })
     }
 
     async fn delete(&self, force: bool) -> Result<()> {
@@ -362,6 +356,8 @@ impl OciRuntime for BuiltinRuntime {
     }
 
     async fn restore(&self, restore: Restore) -> Result<Running> {
-        self.command_line().restore(restore).await
+        let running = self.command_line().restore(restore).await?;
+        self.init.store(running.pid, Ordering::Relaxed);
+        Ok(running)
     }
 }
