@@ -114,16 +114,8 @@ impl Wanted {
 
     /// Puts on the other sets; after the user has changed.
     pub(crate) fn apply(&self) -> Result<()> {
-        // What this process lacks cannot be had: the kernel would refuse the whole set.
-        let have = sys::capget().context(|| "capget")?;
-        let permitted = self.sets.permitted & have.permitted;
-        let sets = CapSets {
-            permitted,
-            effective: self.sets.effective & permitted,
-            inheritable: self.sets.inheritable
-                & (have.inheritable | (have.permitted & self.bounding)),
-        };
-        sys::capset(sets).context(|| "apply capabilities")?;
+        // What this process lacks, or inheritable ones outside the bounding set, the kernel refuses; so does runc.
+        sys::capset(self.sets).context(|| "unable to apply caps")?;
         sys::prctl(libc::PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0).ok();
         for number in (0..64_u64).filter(|number| self.ambient & (1 << number) != 0) {
             // One that is not permitted and inheritable cannot be ambient; runc warns and goes on.

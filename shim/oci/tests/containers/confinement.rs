@@ -181,7 +181,7 @@ fn capabilities_are_those_of_the_configuration() {
         .set("/process/user", json!({"uid": 1000, "gid": 1000, "additionalGids": [10, 20]}))
         .set("/process/capabilities", json!({
             "bounding": ["CAP_CHOWN", "CAP_KILL", "CAP_FUTURE"], "permitted": ["CAP_CHOWN", "CAP_KILL"],
-            "effective": ["CAP_CHOWN"], "inheritable": ["CAP_CHOWN", "CAP_SYSLOG"], "ambient": ["CAP_CHOWN"],
+            "effective": ["CAP_CHOWN"], "inheritable": ["CAP_CHOWN"], "ambient": ["CAP_CHOWN"],
         }));
     let out = bundle.output();
     for line in [
@@ -194,6 +194,25 @@ fn capabilities_are_those_of_the_configuration() {
     ] {
         assert!(out.contains(line), "{line} in\n{out}");
     }
+}
+
+#[test]
+fn capabilities_that_cannot_be_had_are_refused() {
+    let Some(bundle) = bundle(&["true"]) else {
+        return;
+    };
+    let bundle = bundle.set(
+        "/process/capabilities",
+        json!({"inheritable": ["CAP_SYSLOG"]}),
+    );
+    let said = bundle.create();
+    assert_eq!(said.code, 1);
+    assert!(
+        said.err
+            .contains("unable to apply caps: operation not permitted"),
+        "{}",
+        said.err
+    );
 }
 
 #[test]
