@@ -13,6 +13,11 @@ use crate::commands::{
 use crate::duration;
 use crate::table::Format;
 
+/// Where containerd listens, and we do in its place.
+const DEFAULT_ADDRESS: &str = "/run/containerd/containerd.sock";
+/// Upstream ctr's namespace.
+const DEFAULT_NAMESPACE: &str = "default";
+
 /// Client of a containerd-compatible daemon, for people and scripts
 #[derive(Debug, Parser)]
 #[command(name = "ctr", version, max_term_width = 100, propagate_version = false)]
@@ -35,7 +40,7 @@ pub(crate) struct Global {
         short,
         env = "CONTAINERD_ADDRESS",
         value_name = "SOCKET",
-        default_value = "/run/containerd/containerd.sock"
+        default_value = DEFAULT_ADDRESS
     )]
     pub(crate) address: String,
     /// Namespace to work in
@@ -44,8 +49,7 @@ pub(crate) struct Global {
         short,
         env = "CONTAINERD_NAMESPACE",
         value_name = "NAME",
-        default_value = "default"
-    )]
+        default_value = DEFAULT_NAMESPACE)]
     pub(crate) namespace: String,
     /// Give up after this long (0 = never)
     #[arg(long, value_parser = duration::parse, value_name = "DURATION", default_value = "0")]
@@ -65,6 +69,18 @@ pub(crate) struct Global {
         hide_possible_values = false
     )]
     pub(crate) format: Format,
+}
+
+impl Global {
+    /// An empty variable is as good as none.
+    fn fill_empty(&mut self) {
+        if self.address.is_empty() {
+            DEFAULT_ADDRESS.clone_into(&mut self.address);
+        }
+        if self.namespace.is_empty() {
+            DEFAULT_NAMESPACE.clone_into(&mut self.namespace);
+        }
+    }
 }
 
 /// The nouns.
@@ -125,7 +141,11 @@ pub(crate) struct Ctx {
 
 /// Runs the command; its exit code.
 pub(crate) async fn run(cli: Cli) -> anyhow::Result<u8> {
-    let Cli { global, command } = cli;
+    let Cli {
+        mut global,
+        command,
+    } = cli;
+    global.fill_empty();
     let command = match command {
         // What needs no daemon.
         Command::Completion(completion) => return completion.run().map(|()| 0),
@@ -215,6 +235,7 @@ mod tests {
             "i unmount --rm /mnt",
             "i label a k=v k2=",
             "i check -q",
+            "i convert --oci --uncompress --all-platforms a b",
             "i usage a",
             "i inspect --content a",
             "content ls -q",

@@ -13,10 +13,11 @@ use tokio::process::Command;
 
 use crate::advice;
 
-/// Where configurations are looked for; the first by name is used.
+/// Where configurations are looked for, unless `NETCONFPATH` names a directory, as CNI's own tools
+/// read it; the first by name is used.
 const CONFIG_DIR: &str = "/etc/cni/net.d";
-/// Where plugins are looked for, in order: upstream's place, then Debian's.
-const PLUGIN_DIRS: [&str; 2] = ["/opt/cni/bin", "/usr/lib/cni"];
+/// Where plugins are looked for, in order, unless `CNI_PATH` says: upstream's place, then Debian's.
+const PLUGIN_DIRS: &str = "/opt/cni/bin:/usr/lib/cni";
 /// Name of the interface in the container.
 const INTERFACE: &str = "eth0";
 /// Configuration files with these endings count.
@@ -41,7 +42,7 @@ pub(crate) struct Network {
 impl Network {
     /// Gives the network namespace at `netns` its interfaces, in the name of container `id`.
     pub(crate) async fn setup(id: &str, netns: &str) -> anyhow::Result<Self> {
-        let config = load(Path::new(CONFIG_DIR))?;
+        let config = load(Path::new(&setting("NETCONFPATH", CONFIG_DIR)))?;
         let loopback = Config {
             name: "cni-loopback".to_owned(),
             version: "0.3.1".to_owned(),
@@ -112,7 +113,7 @@ impl Network {
             .env("CNI_CONTAINERID", &self.id)
             .env("CNI_NETNS", &self.netns)
             .env("CNI_IFNAME", interface)
-            .env("CNI_PATH", PLUGIN_DIRS.join(":"))
+            .env("CNI_PATH", setting("CNI_PATH", PLUGIN_DIRS))
             .env("CNI_ARGS", "IgnoreUnknown=1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -146,19 +147,28 @@ fn stdin(config: &Config, plugin: &Map<String, Value>, previous: &Value) -> Valu
     Value::Object(input)
 }
 
+/// An environment variable, or what stands in for it.
+fn setting(name: &str, default: &str) -> String {
+    std::env::var(name)
+        .ok()
+        .filter(|value| !value.is_empty())
+        .unwrap_or_else(|| default.to_owned())
+}
+
 fn find_plugin(kind: &str) -> anyhow::Result<PathBuf> {
     anyhow::ensure!(
         !kind.is_empty() && !kind.contains('/'),
         "a CNI configuration has a plugin of type {kind:?}, which names no program"
     );
-    let found = PLUGIN_DIRS
-        .iter()
+    let dirs = setting("CNI_PATH", PLUGIN_DIRS);
+    let found = dirs
+        .split(':')
         .map(|dir| Path::new(dir).join(kind))
         .find(|path| path.exists());
     found.map_or_else(
         || {
             advice::fail(
-                format!("no CNI plugin {kind:?} in {}", PLUGIN_DIRS.join(" or ")),
+                format!("no CNI plugin {kind:?} in {dirs}"),
                 "install it (Debian: containernetworking-plugins), or use --net-host",
             )
         },

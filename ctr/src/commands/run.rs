@@ -8,6 +8,7 @@ use super::{containers, tasks};
 use crate::attach::{IoFlags, Outcome, Session};
 use crate::cli::Ctx;
 use crate::cni::Network;
+use crate::fifo;
 use crate::flags::ContainerFlags;
 use crate::process::Process;
 
@@ -42,7 +43,11 @@ impl Run {
         if self.rm {
             let process = Process::init(&ctx.client, &container.id);
             if !matches!(outcome, Ok(Outcome::Exited(_))) {
+                let left = tasks::get(&ctx.client, &container.id, "").await;
                 tasks::destroy(&process).await;
+                if let Ok(record) = left {
+                    fifo::discard(&tasks::streams(&record));
+                }
             }
             let removed = containers::remove(&ctx.client, &container.id, false).await;
             if let (Ok(_), Err(error)) = (&outcome, removed) {

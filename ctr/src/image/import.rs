@@ -392,7 +392,8 @@ async fn label_children(client: &Client, top: &Descriptor) -> anyhow::Result<()>
     Ok(())
 }
 
-fn manifest_labels(manifest: &Manifest) -> HashMap<String, String> {
+/// Labels by which a manifest keeps its configuration and layers.
+pub(crate) fn manifest_labels(manifest: &Manifest) -> HashMap<String, String> {
     let layers = manifest.layers.iter().enumerate();
     layers
         .map(|(at, layer)| {

@@ -1,5 +1,6 @@
 //! `ctr images`.
 
+mod convert;
 mod convey;
 mod mounting;
 mod show;
@@ -37,6 +38,8 @@ pub(crate) enum Command {
         /// Filters, e.g. name~=busybox; any of them
         filters: Vec<String>,
     },
+    /// Convert an image to other media types or plain layers
+    Convert(convert::Convert),
     /// Remove images
     #[command(visible_aliases = ["del", "remove", "rm"])]
     Delete {
@@ -129,6 +132,7 @@ impl Command {
                 quiet,
                 filters,
             } => show::check(ctx, &snapshotter.snapshotter, quiet, filters).await,
+            Self::Convert(convert) => convert.run(ctx).await,
             Self::Delete { sync, names } => delete(ctx, sync, &names).await,
             Self::Export(export) => export.run(ctx).await,
             Self::Import(import) => import.run(ctx).await,
