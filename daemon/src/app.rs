@@ -125,6 +125,8 @@ impl App {
         let collector = Collector::new(db.clone(), gc_config(&config)?);
         let streams = Streams::new();
         let transfer = transfers::build(&config, db.clone(), streams.clone(), tracker.clone())?;
+        let ended = transfer.recover().await?;
+        info!(ended, "leases of unfinished transfers ended");
 
         // Edges.
         let metrics = Metrics::new(config.grpc_histogram);

@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use lighter_proto::errdefs::{Classify, ErrorKind};
+use lighter_store::filter::Filter;
 use lighter_store::labels::GC_EXPIRE;
 use lighter_store::metadata::Leases;
 use lighter_store::{Labels, Scope};
@@ -15,6 +16,9 @@ use super::{Error, Transfer};
 
 /// How long what an operation made outlives a daemon that died under it.
 const LIFETIME: Duration = Duration::from_secs(24 * 3600);
+
+/// On leases of transfers: they mean nothing to another run of the daemon.
+const OWN: &str = "lighter.io/transfer";
 
 /// A scope under a lease. A lease of its own ends when this is dropped.
 #[derive(Debug)]
@@ -44,7 +48,10 @@ impl Transfer {
         let leases = self.inner.db.leases();
         let expires = OffsetDateTime::from(SystemTime::now() + LIFETIME);
         let expires = expires.format(&Rfc3339).expect("a time in this millennium");
-        let labels = Labels::from([(GC_EXPIRE.to_owned(), expires)]);
+        let labels = Labels::from([
+            (GC_EXPIRE.to_owned(), expires),
+            (OWN.to_owned(), "true".to_owned()),
+        ]);
         let lease = leases.create(scope, "", labels).await?;
         Ok(OwnLease {
             scope: scope.with_lease(lease.id),
@@ -53,6 +60,27 @@ impl Transfer {
                 tasks: self.inner.tasks.clone(),
             }),
         })
+    }
+}
+
+impl Transfer {
+    /// Ends the leases of transfers that a daemon before this one left unfinished; what they held
+    /// goes with the next collection. To be called before the first transfer. Returns how many.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn recover(&self) -> Result<usize, Error> {
+        let filter = Filter::parse(&[format!("labels.\"{OWN}\"")])?;
+        let leases = self.inner.db.leases();
+        let mut ended = 0;
+        for (namespace, _) in self.inner.db.namespaces().list()? {
+            let scope = Scope::new(namespace);
+            for lease in leases.list(&scope, &filter)? {
+                leases.delete(&scope, &lease.id).await?;
+                ended += 1;
+            }
+        }
+        Ok(ended)
     }
 }
 

@@ -510,3 +510,18 @@ async fn a_pull_that_is_dropped_midway_gives_its_lease_back() {
     bench.tasks.wait().await;
     assert!(bench.leases().is_empty());
 }
+
+#[tokio::test]
+async fn leases_of_a_daemon_that_died_are_ended_and_no_others() {
+    let bench = Bench::new().await;
+    let left = bench.transfer.lease(&bench.scope).await.expect("lease");
+    std::mem::forget(left);
+    let others = bench.db.leases();
+    let kept = others
+        .create(&bench.scope, "client", lighter_store::Labels::new())
+        .await;
+    kept.expect("created");
+    assert_eq!(bench.transfer.recover().await.expect("recovered"), 1);
+    let ids: Vec<String> = bench.leases().into_iter().map(|lease| lease.id).collect();
+    assert_eq!(ids, ["client"]);
+}
