@@ -32,8 +32,11 @@ const WORKERS: usize = 2;
 const BLOCKING_THREADS: usize = 64;
 /// How long an idle blocking thread is kept.
 const BLOCKING_KEEP: Duration = Duration::from_secs(5);
-/// How long requests in flight may take to end once the daemon stops.
-const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// How long requests in flight may take to end once the daemon stops: subscriptions and waits
+/// never do.
+const REQUESTS_LIMIT: Duration = Duration::from_secs(1);
+/// How long tasks may take to be made or removed then.
+const WORK_LIMIT: Duration = Duration::from_secs(10);
 
 /// Runs the daemon until a signal ends it. Containers go on.
 ///
@@ -72,7 +75,33 @@ fn prepare_process(config: &Config) -> anyhow::Result<()> {
     {
         warn!(%error, oom_score = config.oom_score, "cannot set the oom score");
     }
+    if let Some(path) = &config.cgroup {
+        join_cgroup(path);
+    }
     Ok(())
+}
+
+/// Moves the daemon to a cgroup, in every hierarchy there is.
+fn join_cgroup(path: &str) {
+    let path = path.trim_start_matches('/');
+    let root = std::path::Path::new("/sys/fs/cgroup");
+    let hierarchies = if root.join("cgroup.controllers").exists() {
+        vec![root.to_owned()]
+    } else {
+        let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
+        entries
+            .map(|entry| entry.path())
+            .filter(|p| p.is_dir())
+            .collect()
+    };
+    for hierarchy in hierarchies {
+        let dir = hierarchy.join(path);
+        let joined = std::fs::create_dir_all(&dir)
+            .and_then(|()| std::fs::write(dir.join("cgroup.procs"), "0"));
+        if let Err(error) = joined {
+            warn!(%error, path = %dir.display(), "cannot join the configured cgroup");
+        }
+    }
 }
 
 /// Everything that runs.
@@ -224,20 +253,22 @@ impl App {
         notify(&[sd_notify::NotifyState::Stopping]);
         self.stop.cancel();
         self.tracker.close();
-        if tokio::time::timeout(DRAIN_LIMIT, self.tracker.wait())
+        // What must finish does not depend on the request that asked for it.
+        if tokio::time::timeout(REQUESTS_LIMIT, self.tracker.wait())
             .await
             .is_err()
         {
-            warn!(limit = ?DRAIN_LIMIT, "requests were still in flight");
+            info!("cutting off requests that wait");
         }
         // Shims repeat what is not taken here to the daemon that comes next.
-        self.shims.disconnect().await;
+        self.shims.stop_listen().await;
+        let _late = tokio::time::timeout(REQUESTS_LIMIT, self.shims.disconnect()).await;
         let finish = async {
             self.tasks.stop().await;
             self.db.close().await;
         };
-        if tokio::time::timeout(DRAIN_LIMIT, finish).await.is_err() {
-            warn!(limit = ?DRAIN_LIMIT, "tasks were still being made or removed");
+        if tokio::time::timeout(WORK_LIMIT, finish).await.is_err() {
+            warn!(limit = ?WORK_LIMIT, "tasks were still being made or removed");
         }
         for socket in [&self.config.grpc, &self.config.ttrpc] {
             let _gone = std::fs::remove_file(&socket.address);

@@ -27,8 +27,6 @@ const DATABASE: &str = "io.containerd.metadata.v1.sled";
 
 /// Opened stores, and the snapshotters as plugins, failed ones included.
 pub(crate) struct Stores {
-    /// The database under everything.
-    pub(crate) kv: lighter_kv::Db,
     /// Records.
     pub(crate) db: Db,
     /// Snapshotters for introspection.
@@ -72,15 +70,9 @@ pub(crate) fn open(config: &Config) -> anyhow::Result<Stores> {
             "plugins.'io.containerd.metadata.v1.bolt'.content_sharing_policy: {other:?} is neither shared nor isolated"
         ),
     };
-    let db = Db::open(
-        kv.clone(),
-        Arc::new(content),
-        snapshotters,
-        Exchange::new(),
-        policy,
-    )
-    .context("open the records")?;
-    Ok(Stores { kv, db, plugins })
+    let db = Db::open(kv, Arc::new(content), snapshotters, Exchange::new(), policy)
+        .context("open the records")?;
+    Ok(Stores { db, plugins })
 }
 
 type Opened = Result<Arc<dyn Snapshotter>, WireError>;

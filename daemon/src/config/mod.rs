@@ -84,15 +84,11 @@ pub(crate) struct Socket {
     pub(crate) gid: u32,
 }
 
-/// TCP with or without TLS.
+/// A TCP listener, in the clear.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Tcp {
     /// `host:port`.
     pub(crate) address: String,
-    /// PEM files of certificate and key; `None` is plain TCP.
-    pub(crate) identity: Option<(PathBuf, PathBuf)>,
-    /// PEM file of the authority that clients must be signed by.
-    pub(crate) client_ca: Option<PathBuf>,
 }
 
 /// Limits of the messages of gRPC, in bytes.
@@ -367,25 +363,21 @@ fn tcp(grpc: &raw::Grpc) -> Result<Option<Tcp>, Error> {
     if grpc.tcp_address.is_empty() {
         return Ok(None);
     }
-    let identity = match (grpc.tcp_tls_cert.is_empty(), grpc.tcp_tls_key.is_empty()) {
-        (true, true) => None,
-        (false, false) => Some((
-            PathBuf::from(&grpc.tcp_tls_cert),
-            PathBuf::from(&grpc.tcp_tls_key),
-        )),
-        _ => {
-            return Err(Error::invalid(
-                "grpc.tcp_tls_cert",
-                "needs tcp_tls_key beside it, and the other way round",
-            ));
-        }
-    };
+    let tls = [
+        &grpc.tcp_tls_ca,
+        &grpc.tcp_tls_cert,
+        &grpc.tcp_tls_key,
+        &grpc.tcp_tls_common_name,
+    ];
+    if tls.iter().any(|value| !value.is_empty()) {
+        // Never served in the clear what was meant to be encrypted.
+        return Err(Error::invalid(
+            "grpc.tcp_tls_cert",
+            "TLS is not served here: put a proxy that ends it before tcp_address",
+        ));
+    }
     Ok(Some(Tcp {
         address: grpc.tcp_address.clone(),
-        identity,
-        client_ca: Some(&grpc.tcp_tls_ca)
-            .filter(|p| !p.is_empty())
-            .map(PathBuf::from),
     }))
 }
 

@@ -31,6 +31,10 @@ const IGNORED: [&str; 17] = [
 
 /// Every plugin table of ours.
 #[derive(Debug, Clone, Default)]
+#[allow(
+    dead_code,
+    reason = "checked here, read where the engine of each is wired"
+)]
 pub(crate) struct Plugins {
     pub(crate) scheduler: Scheduler,
     pub(crate) metadata: Metadata,

@@ -7,7 +7,6 @@ use std::time::Duration;
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use tonic::Code;
@@ -106,15 +105,6 @@ impl Metrics {
                 latency,
             }),
         }
-    }
-
-    /// Adds gauges of others: a name, what it says, and the gauge.
-    pub(crate) fn register_gauge(&self, name: &str, help: &str, gauge: Gauge) {
-        self.inner
-            .registry
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .register(name, help, gauge);
     }
 
     /// Counts an RPC that came; `path` is `/service/method`.

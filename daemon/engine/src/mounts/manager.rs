@@ -511,7 +511,10 @@ mod tests {
         let namespace = Namespace::new("n").unwrap();
         let bind = mount("bind", &root, &["rbind"]);
         let activate = |m: &[Mount]| mounts.activate(&namespace, "a", m, Labels::new(), false);
-        assert!(matches!(activate(&[bind.clone()]), Err(Error::Needless)));
+        assert!(matches!(
+            activate(std::slice::from_ref(&bind)),
+            Err(Error::Needless)
+        ));
         let option = format!("X-containerd.mkdir.path={}/upper", root.display());
         let made = mount("mkdir/bind", &root, &[&option, "rbind"]);
         if !nix::unistd::geteuid().is_root() {

@@ -163,7 +163,8 @@ impl Actor {
             let watching = !self.lost && self.removal.is_none();
             // All branches are cancel-safe: nothing is taken from a queue that is not handled.
             tokio::select! {
-                () = self.shared.stop.cancelled() => return,
+                // A removal that was begun is finished.
+                () = self.shared.stop.cancelled(), if self.removal.is_none() => return,
                 Some(message) = self.inbox.recv() => self.take(message),
                 Some(done) = self.calls.join_next(), if !self.calls.is_empty() => match done {
                     Ok(done) => if self.finish(done) { break },

@@ -210,12 +210,6 @@ impl Bundle {
         write_new(&path, id.as_bytes(), 0o600).map_err(Error::io("write", &path))
     }
 
-    /// Whether it joined a sandbox's shim.
-    #[must_use]
-    pub(super) fn sandbox(&self) -> Option<String> {
-        small(&self.path.join(SANDBOX)).ok()
-    }
-
     /// Pid of the first process as the runtime wrote it.
     #[must_use]
     pub(super) fn init_pid(&self) -> Option<u32> {

@@ -128,15 +128,12 @@ impl Connection {
     ///
     /// # Cancellation
     /// The request may have been sent; its answer is thrown away.
-    pub async fn task<Req: Message + 'static, Res: Message + Default + 'static>(
+    pub async fn task<Req: Message + Clone + 'static, Res: Message + Default + 'static>(
         &self,
         method: &str,
         request: Req,
         limit: Option<Duration>,
-    ) -> Result<Res, WireError>
-    where
-        Req: Clone,
-    {
+    ) -> Result<Res, WireError> {
         if self.version() < 3 {
             return self.request(TASK_V2, method, request, limit).await;
         }
