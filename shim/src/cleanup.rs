@@ -46,12 +46,11 @@ pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>> {
 fn delete_container(target: &Target) {
     if target.is_builtin() {
         if let Err(error) = builtin::force_delete(target) {
-            eprintln!("delete {}: {error}", target.id);
+            complain(target, &error.to_string());
         }
         return;
     }
-    let binary = &target.options.binary_name;
-    let mut command = Command::new(binary);
+    let mut command = Command::new(&target.options.binary_name);
     command.arg("--root").arg(&target.root);
     if target.options.systemd_cgroup {
         command.arg("--systemd-cgroup");
@@ -65,12 +64,20 @@ fn delete_container(target: &Target) {
         Ok(output) => {
             let text = String::from_utf8_lossy(&output.stderr);
             if !text.contains("does not exist") {
-                // Standard error reaches the daemon's log; the answer is on standard output.
-                eprintln!("{binary} delete --force {}: {}", target.id, text.trim());
+                complain(target, text.trim());
             }
         }
-        Err(error) => eprintln!("{binary} delete --force {}: {error}", target.id),
+        Err(error) => complain(target, &error.to_string()),
     }
+}
+
+/// Standard error reaches the daemon's log; the answer is on standard output.
+fn complain(target: &Target, text: &str) {
+    let runtime = target.options.binary_name.as_str();
+    eprintln!(
+        "level=error msg=\"cannot delete what a dead shim left\" container_id={} runtime={runtime:?} error={text:?}",
+        target.id
+    );
 }
 
 /// Removes the socket that the dead shim left; one that still serves others of the group stays.
