@@ -524,14 +524,11 @@ fn close_range(first: u32, last: u32, flags: u32) -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) }).map(drop)
 }
 
-/// Clears close-on-exec on those of the descriptors `3 .. 3 + count` that are open.
+/// Clears close-on-exec on descriptors `3 .. 3 + count`.
 pub(crate) fn inherit_from_three(count: u32) -> io::Result<()> {
     for number in 3..3 + count {
         // SAFETY: only integers are passed; a number that is not open fails with EBADF.
-        match check(unsafe { libc::fcntl(number.cast_signed(), libc::F_SETFD, 0) }.into()) {
-            Err(error) if error.raw_os_error() != Some(libc::EBADF) => return Err(error),
-            _ => {}
-        }
+        check(unsafe { libc::fcntl(number.cast_signed(), libc::F_SETFD, 0) }.into())?;
     }
     Ok(())
 }

@@ -115,8 +115,8 @@ fn write_pid_file(path: &Path, pid: i32) -> Result<()> {
 }
 
 /// Descriptors to keep: those asked for, and those of socket activation, which the program is told about.
-fn preserved(arguments: &Arguments, spec: &mut Spec) -> Result<u32> {
-    let mut count = preserved_fds(arguments)?;
+fn preserved(context: &Context, arguments: &Arguments, spec: &mut Spec) -> Result<u32> {
+    let mut count = preserved_fds(context, arguments)?;
     if let Some(activated) = std::env::var("LISTEN_FDS")
         .ok()
         .and_then(|value| value.parse::<u32>().ok())
@@ -126,20 +126,31 @@ fn preserved(arguments: &Arguments, spec: &mut Spec) -> Result<u32> {
             process.env.push(format!("LISTEN_FDS={activated}"));
             process.env.push("LISTEN_PID=1".into());
         }
-        sys::inherit_from_three(activated).context(|| "LISTEN_FDS")?;
+        check_open(context, count)?;
     }
     Ok(count)
 }
 
-pub(crate) fn preserved_fds(arguments: &Arguments) -> Result<u32> {
+pub(crate) fn preserved_fds(context: &Context, arguments: &Arguments) -> Result<u32> {
     let count = arguments.number::<u32>("preserve-fds")?.unwrap_or(0);
     if count > MAX_PRESERVED {
         return Err(Error::Spec(format!(
             "--preserve-fds {count}: at most {MAX_PRESERVED}"
         )));
     }
-    sys::inherit_from_three(count).context(|| format!("--preserve-fds {count}"))?;
+    check_open(context, count)?;
     Ok(count)
+}
+
+/// Descriptors that were not there when the program began are the runtime's own and must not be passed on.
+fn check_open(context: &Context, count: u32) -> Result<()> {
+    if count > context.inherited_fds {
+        let missing = 3 + context.inherited_fds;
+        return Err(Error::Spec(format!(
+            "unable to stat preserved-fd {missing} (of {count}): it is not open"
+        )));
+    }
+    sys::inherit_from_three(count).context(|| format!("pass on {count} descriptors"))
 }
 
 fn bundle(arguments: &Arguments) -> Result<PathBuf> {
@@ -186,7 +197,7 @@ pub(super) fn create(context: &Context, words: Vec<String>) -> Result<Status> {
             .as_ref()
             .is_some_and(|process| process.terminal),
     )?;
-    let fds = preserved(&arguments, &mut spec)?;
+    let fds = preserved(context, &arguments, &mut spec)?;
     let created = context
         .runtime
         .create(&request(&arguments, &id, &bundle, &spec, fds))?;
@@ -222,7 +233,7 @@ pub(super) fn run(context: &Context, words: Vec<String>) -> Result<Status> {
     let detached = arguments.is_set("detach");
     let handover = Handover::new(&arguments);
     handover.check(detached, terminal)?;
-    let fds = preserved(&arguments, &mut spec)?;
+    let fds = preserved(context, &arguments, &mut spec)?;
     let signals = if detached {
         None
     } else {

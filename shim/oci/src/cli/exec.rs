@@ -49,7 +49,7 @@ pub(super) fn exec(context: &Context, words: Vec<String>) -> Result<Status> {
     handover.check(detached, process.terminal)?;
     let cgroup = sub_cgroup(&arguments)?;
     let request = ExecRequest {
-        preserve_fds: preserved_fds(&arguments)?,
+        preserve_fds: preserved_fds(context, &arguments)?,
         ignore_paused: arguments.is_set("ignore-paused"),
         cgroup: &cgroup,
         ..ExecRequest::new(&process)

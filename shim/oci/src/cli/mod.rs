@@ -65,6 +65,8 @@ pub(crate) type Status = u8;
 pub(crate) struct Context {
     pub(crate) runtime: Runtime,
     pub(crate) log: Log,
+    /// Descriptors 3, 4 … that were open when the program began: only those can be passed on.
+    pub(crate) inherited_fds: u32,
 }
 
 /// Runs the command line of this process.
@@ -119,6 +121,10 @@ const GLOBAL: &[Flag] = &[
 ];
 
 fn run(arguments: Vec<String>, log: &mut Log) -> std::result::Result<Status, Failure> {
+    let inherited_fds = (3..)
+        .take_while(|number| crate::sys::inherited(*number).is_ok())
+        .count();
+    let inherited_fds = u32::try_from(inherited_fds).unwrap_or(u32::MAX);
     let (global, mut rest) = Arguments::parse_prefix(GLOBAL, arguments)?;
     *log = Log::open(global.get("log"), global.get("log-format"))?;
     if global.is_set("version") {
@@ -145,6 +151,7 @@ fn run(arguments: Vec<String>, log: &mut Log) -> std::result::Result<Status, Fai
     let context = Context {
         runtime: Runtime::open(options)?,
         log: log.clone(),
+        inherited_fds,
     };
     let with = |prefix, code, result: Result<Status>| {
         result.map_err(|error| Failure {
