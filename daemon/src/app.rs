@@ -144,14 +144,14 @@ impl App {
         };
 
         // Engines.
-        let tasks = Manager::new(runtime_config(&config, db.clone())?);
-        let sandboxes = Sandboxes::new(db.events().clone());
-        sandboxes.register("shim", ShimController::new(tasks.clone()));
         let mounts = {
             let (state, root) = (config.state.clone(), config.root.clone());
             tokio::task::spawn_blocking(move || Mounts::open(&state, &root)).await??
         };
         let collector = Collector::new(db.clone(), gc_config(&config)?);
+        let tasks = Manager::new(runtime_config(&config, db.clone(), mounts.clone())?);
+        let sandboxes = Sandboxes::new(db.events().clone());
+        sandboxes.register("shim", ShimController::new(tasks.clone()));
         let streams = Streams::new();
         let transfer = transfers::build(&config, db.clone(), streams.clone(), tracker.clone())?;
         let ended = transfer.recover().await?;
@@ -295,7 +295,7 @@ fn gc_config(config: &Config) -> anyhow::Result<gc::Config> {
 }
 
 /// What the task manager is made of.
-fn runtime_config(config: &Config, db: Db) -> anyhow::Result<runtime::Config> {
+fn runtime_config(config: &Config, db: Db, mounts: Mounts) -> anyhow::Result<runtime::Config> {
     let binary = std::env::current_exe().context("find our own binary")?;
     let level = match config.log_level.as_str() {
         "trace" => LogLevel::Trace,
@@ -324,6 +324,7 @@ fn runtime_config(config: &Config, db: Db) -> anyhow::Result<runtime::Config> {
             shim_stats: timeouts.shim_stats,
         },
         db,
+        mounts,
     })
 }
 

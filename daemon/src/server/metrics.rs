@@ -67,12 +67,12 @@ impl Metrics {
         let handled = Family::<Handled, Counter>::default();
         registry.register(
             "grpc_server_started",
-            "Total number of RPCs started on the server.",
+            "Total number of RPCs started on the server",
             started.clone(),
         );
         registry.register(
             "grpc_server_handled",
-            "Total number of RPCs completed on the server, regardless of success or failure.",
+            "Total number of RPCs completed on the server, regardless of success or failure",
             handled.clone(),
         );
         let latency = histogram.then(|| {
@@ -80,7 +80,7 @@ impl Metrics {
                 Family::new_with_constructor(|| Histogram::new(LATENCY_SECONDS));
             registry.register(
                 "grpc_server_handling_seconds",
-                "Histogram of response latency (seconds) of gRPC that had been application-level handled by the server.",
+                "Histogram of response latency (seconds) of gRPC that had been application-level handled by the server",
                 family.clone(),
             );
             family

@@ -414,6 +414,11 @@ impl Mounts {
     }
 }
 
+/// Whether any of `mounts` needs more than the kernel.
+pub(crate) fn needed(mounts: &[Mount]) -> bool {
+    mounts.iter().any(needs_us)
+}
+
 /// Whether a mount needs more than the kernel.
 fn needs_us(mount: &Mount) -> bool {
     mount.fstype == "loop"

@@ -19,4 +19,5 @@ mod manager;
 mod prepare;
 mod template;
 
+pub(crate) use manager::needed;
 pub use manager::{Activation, Active, Error, Mounts};

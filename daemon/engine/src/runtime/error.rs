@@ -78,6 +78,9 @@ pub enum Error {
     /// A store refused.
     #[error(transparent)]
     Store(#[from] lighter_store::Error),
+    /// The root filesystem could not be mounted, or unmounted.
+    #[error(transparent)]
+    Mounts(#[from] crate::mounts::Error),
     /// A task of ours was cut off: the daemon is stopping.
     #[error("the daemon is stopping")]
     Stopping,
@@ -121,6 +124,7 @@ impl Classify for Error {
             }
             Self::Io { .. } => ErrorKind::Internal,
             Self::Store(error) => error.kind(),
+            Self::Mounts(error) => error.kind(),
             Self::Stopping => ErrorKind::Unavailable,
         }
     }

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use lighter_proto::containerd::task::v3 as wire;
 use lighter_proto::containerd::types::{Descriptor, Envelope};
-use lighter_proto::errdefs::WireError;
+use lighter_proto::errdefs::{Classify as _, ErrorKind, WireError};
 use lighter_snapshotter::Mount;
 use lighter_store::events::Exchange;
 use lighter_store::metadata::{Container, Db};
-use lighter_store::{Identifier, Namespace, Scope};
+use lighter_store::{Identifier, Labels, Namespace, Scope, labels};
 use prost_types::Any;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -30,6 +30,7 @@ use super::reap;
 use super::shim_log;
 use super::state::Stdio;
 use super::steps::{Step, Steps};
+use crate::mounts::Mounts;
 
 /// How long a question about a task waits for its recovery.
 const RECOVERY_PATIENCE: Duration = Duration::from_secs(5);
@@ -62,6 +63,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// Records of containers and sandboxes.
     pub db: Db,
+    /// What carries out mounts of root filesystems that the kernel alone cannot do.
+    pub mounts: Mounts,
 }
 
 /// A task to make.
@@ -127,6 +130,7 @@ pub(super) struct Shared {
     pub(super) launcher: Launcher,
     pub(super) timeouts: Timeouts,
     pub(super) db: Db,
+    mounts: Mounts,
     pub(super) events: Exchange,
     pub(super) stop: CancellationToken,
     pub(super) tracker: TaskTracker,
@@ -206,12 +210,37 @@ impl Shared {
         })
     }
 
-    /// Removes a bundle on a blocking thread.
+    /// Removes a bundle, and what was mounted for it, on a blocking thread.
     pub(super) async fn delete_bundle(&self, bundle: &Bundle) -> Result<(), Error> {
-        let bundle = bundle.clone();
-        tokio::task::spawn_blocking(move || bundle.delete())
-            .await
-            .map_err(|_| Error::Stopping)?
+        let (bundle, mounts) = (bundle.clone(), self.mounts.clone());
+        tokio::task::spawn_blocking(move || {
+            bundle.delete()?;
+            match mounts.deactivate(&bundle.namespace, &bundle.id) {
+                Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::Mounts(error)),
+                _ => Ok(()),
+            }
+        })
+        .await
+        .map_err(|_| Error::Stopping)?
+    }
+
+    /// The mounts of a root filesystem as a shim can do them.
+    async fn activate(&self, bundle: &Bundle, rootfs: Vec<Mount>) -> Result<Vec<Mount>, Error> {
+        if !crate::mounts::needed(&rootfs) {
+            return Ok(rootfs);
+        }
+        let (bundle, mounts) = (bundle.clone(), self.mounts.clone());
+        tokio::task::spawn_blocking(move || {
+            let labels =
+                Labels::from([(format!("{}container", labels::GC_BREF), bundle.id.clone())]);
+            match mounts.activate(&bundle.namespace, &bundle.id, &rootfs, labels, false) {
+                Ok(activation) => Ok(activation.system),
+                Err(error) if error.kind() == ErrorKind::Unimplemented => Ok(rootfs),
+                Err(error) => Err(Error::Mounts(error)),
+            }
+        })
+        .await
+        .map_err(|_| Error::Stopping)?
     }
 
     pub(super) fn bundle(&self, kind: &str, namespace: &Namespace, id: &str) -> Bundle {
@@ -231,6 +260,7 @@ impl Manager {
                 timeouts: config.timeouts,
                 events: config.db.events().clone(),
                 db: config.db,
+                mounts: config.mounts,
                 stop: CancellationToken::new(),
                 tracker: TaskTracker::new(),
                 steps: Steps::default(),
@@ -314,7 +344,7 @@ impl Manager {
         match self.slot(namespace, id) {
             Some(Slot::Live(handle)) => Ok(handle),
             Some(Slot::Recovering(_)) => Err(WireError::new(
-                lighter_proto::errdefs::ErrorKind::Unavailable,
+                ErrorKind::Unavailable,
                 format!("task {id} is being recovered: its shim does not answer yet"),
             )
             .into()),
@@ -430,6 +460,18 @@ async fn create(shared: &Arc<Shared>, bundle: &Bundle, task: CreateTask) -> Resu
         })
         .await
         .map_err(|_| Error::Stopping)??
+    };
+    step.at("activate mounts");
+    let mut task = task;
+    task.rootfs = match shared
+        .activate(&bundle, std::mem::take(&mut task.rootfs))
+        .await
+    {
+        Ok(rootfs) => rootfs,
+        Err(error) => {
+            undo_bundle(shared, &bundle).await;
+            return Err(error);
+        }
     };
     step.at("start shim");
     let launched = match launch(shared, &bundle, &task).await {
