@@ -164,6 +164,10 @@ impl Shared {
         }
     }
 
+    pub(crate) fn applied(&self) -> u64 {
+        self.applied.load(Ordering::Acquire)
+    }
+
     /// Why the database stopped, once it did.
     pub(crate) async fn stopped(&self) -> String {
         let mut progress = self.progress.subscribe();

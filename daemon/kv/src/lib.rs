@@ -14,6 +14,7 @@
 mod commit;
 mod error;
 mod memory;
+mod recover;
 mod sled;
 
 use std::path::Path;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 
 pub use commit::Durable;
 pub use error::Error;
+pub use recover::{Opened, export_path};
 
 /// A key of the key space: bytes in lexicographic order.
 pub type Key = Vec<u8>;
@@ -159,6 +161,12 @@ impl Db {
         let batch: Vec<_> = tx.writes.into_iter().collect();
         let ticket = writer.apply(&batch, tx.hooks).map_err(E::from)?;
         Ok((result, ticket))
+    }
+
+    /// A number that grows with every change; equal numbers mean that nothing was written between.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.shared.applied()
     }
 
     /// Waits until the database fails, and says why; afterwards the process should end.

@@ -96,6 +96,112 @@ async fn an_export_fills_another_database() {
     assert!(matches!(cut, Err(Error::Corrupt { .. })));
 }
 
+#[test]
+fn a_damaged_database_is_rebuilt_from_its_export() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("db");
+    let options = Options {
+        ballast_bytes: 0,
+        ..Options::default()
+    };
+    let (db, opened) = Db::open_or_rebuild(&path, &options).unwrap();
+    assert_eq!(opened, Opened::Whole);
+    for n in 0..500 {
+        put(&db, &format!("k{n}"), &"v".repeat(300))
+            .wait_blocking()
+            .unwrap();
+    }
+    db.export(&export_path(&path)).unwrap();
+    drop(db);
+    // sled reads its configuration first: a wrecked one is damage that it names.
+    std::fs::write(path.join("conf"), b"no configuration").unwrap();
+    let (db, opened) = Db::open_or_rebuild(&path, &options).unwrap();
+    let Opened::Rebuilt { damaged, pairs } = opened else {
+        panic!("the damage was not seen");
+    };
+    assert!(damaged.join("db").exists());
+    assert_eq!((pairs, db.scan(b"k").unwrap().len()), (Some(500), 500));
+}
+
+/// The child of the next test: writes until it is killed, says what was acknowledged.
+#[test]
+#[ignore = "run by `a_killed_writer_loses_nothing_that_was_acknowledged`"]
+fn killed_writer() {
+    use std::io::Write as _;
+    let Some(path) = std::env::var_os("LIGHTER_KV_KILLED") else {
+        return;
+    };
+    let db = Db::open(Path::new(&path), &Options::default()).unwrap();
+    let start: u64 = db.scan(b"a/").unwrap().len() as u64;
+    std::thread::scope(|scope| {
+        for writer in 0..4_u64 {
+            let db = db.clone();
+            scope.spawn(move || {
+                for n in start.. {
+                    let name = format!("{writer}-{n:08}");
+                    let ((), ticket) = db
+                        .update(|tx| {
+                            tx.put(format!("a/{name}"), vec![1; 200]);
+                            tx.put(format!("b/{name}"), vec![2; 3000]);
+                            Ok::<_, Error>(())
+                        })
+                        .unwrap();
+                    ticket.wait_blocking().unwrap();
+                    let mut out = std::io::stdout().lock();
+                    let _ = writeln!(out, "acked {name}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_killed_writer_loses_nothing_that_was_acknowledged() {
+    use std::io::{BufRead as _, BufReader};
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("db");
+    let mut acknowledged = Vec::new();
+    for round in 0..8_usize {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "tests::killed_writer",
+                "--ignored",
+                "--nocapture",
+            ])
+            .env("LIGHTER_KV_KILLED", &path)
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut seen = 0;
+        for line in lines.map_while(Result::ok) {
+            if let Some((_, name)) = line.split_once("acked ") {
+                acknowledged.push(name.to_owned());
+                seen += 1;
+            }
+            if seen == 20 + 17 * round {
+                child.kill().unwrap();
+            }
+        }
+        child.wait().unwrap();
+        assert!(seen >= 20, "the writer died by itself");
+        let db = Db::open(&path, &Options::default()).unwrap();
+        for name in &acknowledged {
+            assert!(
+                db.get(format!("a/{name}").as_bytes()).unwrap().is_some(),
+                "{name} is lost"
+            );
+        }
+        let names = |prefix: &str| -> Vec<Key> {
+            let all = db.scan(prefix.as_bytes()).unwrap();
+            all.into_iter().map(|(key, _)| key[2..].to_vec()).collect()
+        };
+        assert_eq!(names("a/"), names("b/"), "half a batch");
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Op {
     Put(String, u8),
