@@ -138,7 +138,12 @@ impl App {
         let signals = shutdown::signals()?;
 
         // Stores.
-        let Stores { db, plugins, .. } = {
+        let Stores {
+            kv,
+            db,
+            plugins,
+            rebuilt,
+        } = {
             let config = config.clone();
             tokio::task::spawn_blocking(move || stores::open(&config)).await??
         };
@@ -148,7 +153,7 @@ impl App {
             let (state, root) = (config.state.clone(), config.root.clone());
             tokio::task::spawn_blocking(move || Mounts::open(&state, &root)).await??
         };
-        let collector = Collector::new(db.clone(), gc_config(&config)?);
+        let collector = Collector::new(db.clone(), gc_config(&config, rebuilt)?);
         let tasks = Manager::new(runtime_config(&config, db.clone(), mounts.clone())?);
         let sandboxes = Sandboxes::new(db.events().clone());
         sandboxes.register("shim", ShimController::new(tasks.clone()));
@@ -227,6 +232,7 @@ impl App {
             tracker.spawn(http::serve_unix(listener, pages, stop.clone()));
         }
         tracker.spawn(collector.run(stop.clone()));
+        tracker.spawn(stores::keep_exported(kv, config.root.clone(), stop.clone()));
         tracker.spawn(served(
             "grpc",
             grpc::serve_unix(unix, routes, in_flight, metrics, stop.clone()),
@@ -282,7 +288,7 @@ impl App {
 }
 
 /// When collections run.
-fn gc_config(config: &Config) -> anyhow::Result<gc::Config> {
+fn gc_config(config: &Config, rebuilt: bool) -> anyhow::Result<gc::Config> {
     let scheduler = &config.plugins.scheduler;
     Ok(gc::Config {
         pause_threshold: scheduler.pause_threshold,
@@ -290,7 +296,7 @@ fn gc_config(config: &Config) -> anyhow::Result<gc::Config> {
         mutation_threshold: scheduler.mutation_threshold.into(),
         schedule_delay: crate::config::duration("schedule_delay", &scheduler.schedule_delay)?,
         startup_delay: crate::config::duration("startup_delay", &scheduler.startup_delay)?,
-        ..gc::Config::default()
+        keep_unknown: rebuilt,
     })
 }
 

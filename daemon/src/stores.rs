@@ -3,12 +3,14 @@
 //! | below the root | what |
 //! |---|---|
 //! | `io.containerd.metadata.v1.sled/` | the database |
+//! | `io.containerd.metadata.v1.sled.export` | what it is rebuilt from when it is damaged |
 //! | `io.containerd.content.v1.content/` | blobs and ingests, in containerd's layout |
 //! | `io.containerd.snapshotter.v1.<id>/` | snapshots of each driver |
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use lighter_proto::errdefs::{ErrorKind, WireError, render};
@@ -16,7 +18,8 @@ use lighter_snapshotter::{Native, Overlayfs, OverlayfsConfig, Proxy, Snapshotter
 use lighter_store::content::Local;
 use lighter_store::events::Exchange;
 use lighter_store::metadata::{Db, SharingPolicy};
-use tracing::warn;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, warn};
 
 use crate::config::Config;
 use crate::plugin::Plugin;
@@ -24,13 +27,19 @@ use crate::plugin::builtins::{kind, skipped};
 
 /// Directory of the database below the root.
 const DATABASE: &str = "io.containerd.metadata.v1.sled";
+/// How often a database that changed is exported.
+const EXPORT_EVERY: Duration = Duration::from_secs(300);
 
 /// Opened stores, and the snapshotters as plugins, failed ones included.
 pub(crate) struct Stores {
+    /// The database under everything.
+    pub(crate) kv: lighter_kv::Db,
     /// Records.
     pub(crate) db: Db,
     /// Snapshotters for introspection.
     pub(crate) plugins: Vec<Plugin>,
+    /// Whether the database was damaged and rebuilt: changes since its export are lost.
+    pub(crate) rebuilt: bool,
 }
 
 /// Opens everything durable. Blocks.
@@ -39,7 +48,7 @@ pub(crate) struct Stores {
 /// When the database or the content cannot be opened; a snapshotter that cannot is left out.
 pub(crate) fn open(config: &Config) -> anyhow::Result<Stores> {
     let path = config.root.join(DATABASE);
-    let kv = lighter_kv::Db::open(&path, &lighter_kv::Options::default())
+    let (kv, opened) = lighter_kv::Db::open_or_rebuild(&path, &lighter_kv::Options::default())
         .with_context(|| format!("open the database in {}", path.display()))?;
     let content = config.root.join(format!("{}.content", kind::CONTENT));
     let content = Local::open(&content)
@@ -70,9 +79,50 @@ pub(crate) fn open(config: &Config) -> anyhow::Result<Stores> {
             "plugins.'io.containerd.metadata.v1.bolt'.content_sharing_policy: {other:?} is neither shared nor isolated"
         ),
     };
-    let db = Db::open(kv, Arc::new(content), snapshotters, Exchange::new(), policy)
-        .context("open the records")?;
-    Ok(Stores { db, plugins })
+    let db = Db::open(
+        kv.clone(),
+        Arc::new(content),
+        snapshotters,
+        Exchange::new(),
+        policy,
+    )
+    .context("open the records")?;
+    Ok(Stores {
+        kv,
+        db,
+        plugins,
+        rebuilt: opened != lighter_kv::Opened::Whole,
+    })
+}
+
+/// Keeps the export that a damaged database is rebuilt from, until `stop` and once more then. A
+/// database that failed ends the daemon: containers go on, and the next start opens it anew.
+pub(crate) async fn keep_exported(kv: lighter_kv::Db, root: PathBuf, stop: CancellationToken) {
+    let target = lighter_kv::export_path(&root.join(DATABASE));
+    let mut exported = None;
+    loop {
+        let stopping = tokio::select! {
+            () = stop.cancelled() => true,
+            reason = kv.stopped() => {
+                error!(reason, "the database failed; the daemon ends");
+                stop.cancel();
+                return;
+            }
+            () = tokio::time::sleep(EXPORT_EVERY) => false,
+        };
+        let revision = kv.revision();
+        if exported != Some(revision) {
+            let (kv, target) = (kv.clone(), target.clone());
+            match tokio::task::spawn_blocking(move || kv.export(&target)).await {
+                Ok(Ok(_pairs)) => exported = Some(revision),
+                Ok(Err(error)) => warn!(error = %render(&error), "export of the database"),
+                Err(error) => warn!(%error, "export of the database"),
+            }
+        }
+        if stopping {
+            return;
+        }
+    }
 }
 
 type Opened = Result<Arc<dyn Snapshotter>, WireError>;
