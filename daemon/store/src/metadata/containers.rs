@@ -292,7 +292,6 @@ impl Containers {
                 stamps.touch();
                 updated.updated_at = stamps.updated_at();
                 change.put(key, &updated.record(stamps));
-                change.dirty();
                 let event = ContainerUpdate {
                     id: id.to_owned(),
                     image: updated.image.clone(),

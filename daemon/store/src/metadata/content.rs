@@ -134,7 +134,6 @@ impl Content {
                 labels::check(&record.labels)?;
                 record.stamps.touch();
                 change.put(key, &record);
-                change.dirty();
                 Ok(BlobInfo::of(digest.clone(), record))
             })
             .await

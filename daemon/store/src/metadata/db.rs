@@ -143,24 +143,25 @@ impl Inner {
         &self,
         change: impl FnOnce(&mut Change<'_, '_>) -> Result<R, Error>,
     ) -> Result<(R, Durable), Error> {
-        let mut removed = 0;
+        let (mut removed, mut discards) = (0, false);
         let done = self.kv.update(|tx| {
             let mut change_ = Change {
                 tx,
                 events: &self.events,
                 discarded: &self.discarded,
+                discards: false,
                 removed: 0,
             };
             let result = change(&mut change_)?;
-            removed = change_.removed;
+            (removed, discards) = (change_.removed, change_.discards);
             collect::pass_barrier(self, change_.tx);
             Ok::<_, Error>(result)
         })?;
         self.activity.mutations.fetch_add(1, Ordering::Relaxed);
-        if removed > 0 {
-            self.activity
-                .deletions
-                .fetch_add(removed, Ordering::Relaxed);
+        self.activity
+            .deletions
+            .fetch_add(removed, Ordering::Relaxed);
+        if discards || removed > 0 {
             self.activity.removed.notify_one();
         }
         Ok(done)
@@ -262,6 +263,7 @@ pub(crate) struct Change<'a, 't> {
     pub(crate) tx: &'a mut Tx<'t>,
     events: &'a Exchange,
     discarded: &'a Arc<Mutex<Vec<Discarded>>>,
+    discards: bool,
     removed: u64,
 }
 
@@ -300,7 +302,7 @@ impl Change<'_, '_> {
 
     /// Has something below removed, once the change that gave it up is durable.
     pub(crate) fn discard(&mut self, what: Discarded) {
-        self.dirty();
+        self.discards = true;
         let discarded = self.discarded.clone();
         self.tx.on_durable(move || {
             discarded

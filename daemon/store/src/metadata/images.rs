@@ -276,7 +276,6 @@ impl Images {
                 updated.updated_at = stamps.updated_at();
                 attach_if_expiring(change, scope, &updated)?;
                 change.put(key, &updated.record(stamps));
-                change.dirty();
                 let event = ImageUpdate {
                     name: name.to_owned(),
                     labels: updated.labels.clone().into_iter().collect(),

@@ -209,7 +209,6 @@ impl Sandboxes {
                 stamps.touch();
                 updated.updated_at = stamps.updated_at();
                 change.put(key, &updated.record(stamps));
-                change.dirty();
                 Ok(updated)
             })
             .await

@@ -204,7 +204,6 @@ impl Snapshots {
                 labels::drop_empty(&mut record.labels);
                 record.stamps.touch();
                 change.put(self.key(&scope.namespace, key), &record);
-                change.dirty();
                 Ok(record.info(key.to_owned()))
             })
             .await
@@ -743,6 +742,7 @@ impl Snapshots {
             .into());
         }
         self.forget(change, namespace, key, &record);
+        change.dirty();
         change.discard(Discarded::Snapshot {
             snapshotter: self.name.as_ref().to_owned(),
             backend: record.backend,
