@@ -132,6 +132,10 @@ impl introspection::RuntimeInfo for Runtimes {
 }
 
 impl App {
+    #[allow(
+        clippy::too_many_lines,
+        reason = "the list of everything there is, in the order it is made"
+    )]
     async fn build(config: Config) -> anyhow::Result<Self> {
         let stop = CancellationToken::new();
         let tracker = TaskTracker::new();

@@ -51,7 +51,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             };
         }
     };
-    match dispatch(cli) {
+    match dispatch(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "lighterd: {error:#}");
@@ -60,15 +60,15 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn dispatch(cli: Cli) -> anyhow::Result<()> {
+fn dispatch(cli: &Cli) -> anyhow::Result<()> {
     if cli.version {
         return print(&format!("lighterd lighter {VERSION} {REVISION}\n"));
     }
     match &cli.command {
-        None => app::serve(Config::load(&cli)?),
+        None => app::serve(Config::load(cli)?),
         Some(Command::Publish { namespace, topic }) => {
             let address = cli.address.clone().map_or_else(
-                || Config::load(&cli).map(|c| c.grpc.address.display().to_string()),
+                || Config::load(cli).map(|c| c.grpc.address.display().to_string()),
                 Ok,
             )?;
             publish::publish(&address, namespace, topic)
@@ -76,8 +76,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Some(Command::Config { command }) => {
             let table = match command {
                 ConfigCommand::Default => toml::Table::new(),
-                ConfigCommand::Dump => Config::load(&cli)?.table,
-                ConfigCommand::Migrate => return migrate(&cli),
+                ConfigCommand::Dump => Config::load(cli)?.table,
+                ConfigCommand::Migrate => return migrate(cli),
             };
             print(&config::to_text(&table)?)
         }

@@ -29,6 +29,7 @@ fn overlay(into: &mut Table, from: Table) {
 }
 
 /// Section, key and value of every default that is not CRI's.
+#[allow(clippy::too_many_lines, reason = "one literal")]
 fn defaults() -> Result<Table, toml::ser::Error> {
     let bytes = i64::try_from(DEFAULT_MESSAGE_BYTES).expect("16 MiB fits");
     let mut whole = toml::toml! {
