@@ -175,7 +175,6 @@ impl Db {
     }
 
     /// A ticket that is released once everything applied so far is durable.
-    #[must_use]
     pub fn durable(&self) -> Durable {
         self.shared.writer().ticket()
     }

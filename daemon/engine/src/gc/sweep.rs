@@ -14,7 +14,7 @@ use super::mark::Graph;
 use super::{Collectable, Item};
 
 /// Objects removed in one change: it takes well under the 50 ms that a request may wait.
-const BATCH: usize = 32;
+const BATCH: usize = 8;
 /// Least pause between two batches, in which requests go first.
 const PAUSE: Duration = Duration::from_millis(1);
 

@@ -70,6 +70,7 @@ impl Hasher {
 
 /// The hash of the bytes so far, or the thread that is at it.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "one per open ingest")]
 enum Hashing {
     Idle(Hasher),
     Busy(JoinHandle<Hasher>),

@@ -234,7 +234,7 @@ impl Db {
             table::BLOBS,
         ] {
             self.pages(table, &mut |key, value| {
-                edges::facts(key, value, now, state)
+                edges::facts(key, value, now, state);
             })?;
         }
         Ok(())

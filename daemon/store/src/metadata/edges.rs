@@ -127,6 +127,7 @@ pub(crate) fn facts(key: &[u8], value: &[u8], now: SystemTime, state: &mut dyn F
     let _ = try_facts(key, value, now, state);
 }
 
+#[allow(clippy::too_many_lines, reason = "one arm for each table")]
 fn try_facts(key: &[u8], value: &[u8], now: SystemTime, state: &mut dyn FnMut(Fact)) -> Option<()> {
     let (table, mut parts) = Parts::of(key)?;
     if !matches!(
