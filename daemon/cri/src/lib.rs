@@ -2,15 +2,24 @@
 //!
 //! The leaf modules need no engine: configuration ([`config`]), pod networks ([`cni`], [`netns`]),
 //! the server of exec, attach and port-forward ([`streaming`]), plugins ([`nri`]), devices
-//! ([`cdi`]), and the default seccomp profile ([`seccomp_default`]).
+//! ([`cdi`]), and the default seccomp profile ([`seccomp_default`]). Above them stand images
+//! ([`image`]), the specs of containers ([`spec`]) and what is known of pods ([`store`]).
 
 pub mod cdi;
 pub mod cni;
 pub mod config;
+pub mod error;
+pub mod image;
+pub mod json;
 pub mod netns;
 pub mod nri;
 pub mod seccomp_default;
+pub mod spec;
+pub mod store;
 pub mod streaming;
 
 mod oci;
 mod sys;
+
+/// The namespace that everything of the kubelet lives in.
+pub const NAMESPACE: &str = "k8s.io";

@@ -1,0 +1,188 @@
+//! Pulling: credentials of the request, one download for many callers, three records.
+
+use async_trait::async_trait;
+use base64::Engine as _;
+use lighter_engine::image::children::Layers;
+use lighter_engine::image::{Matcher, Tracker};
+use lighter_engine::registry::reference::Named;
+use lighter_engine::registry::{Anonymous, SessionOptions};
+use lighter_engine::registry::{Credential, CredentialRequest, Credentials, Secret};
+use lighter_engine::transfer::{NewImage, Pull, Select, UnpackRequest};
+use lighter_proto::errdefs::{Classify as _, ErrorKind, render};
+use lighter_proto::runtime::v1::AuthConfig;
+use lighter_store::Labels;
+use std::sync::Arc;
+
+use super::{Images, MANAGED_LABEL, PINNED_LABEL};
+use crate::error::{Error, Result};
+
+/// The credentials of one pull, for the host they are meant for.
+#[derive(Debug)]
+struct Given {
+    host: String,
+    credential: Credential,
+}
+
+#[async_trait]
+impl Credentials for Given {
+    async fn credential(
+        &self,
+        request: &CredentialRequest,
+    ) -> std::result::Result<Credential, lighter_engine::registry::Error> {
+        let meant = self.host.is_empty() || self.host == request.host;
+        Ok(if meant {
+            self.credential.clone()
+        } else {
+            Credential::None
+        })
+    }
+}
+
+/// What the kubelet sent, as a source of credentials.
+///
+/// # Errors
+/// For an `auth` that is not base64 of `user:password`.
+fn credentials(given: Option<&AuthConfig>) -> Result<Arc<dyn Credentials>> {
+    let Some(given) = given else {
+        return Ok(Arc::new(Anonymous));
+    };
+    let credential = if !given.username.is_empty() {
+        Credential::Basic {
+            username: given.username.clone(),
+            password: Secret::new(given.password.clone()),
+        }
+    } else if !given.identity_token.is_empty() {
+        Credential::Refresh(Secret::new(given.identity_token.clone()))
+    } else if !given.auth.is_empty() {
+        let bad = || Error::unknown("invalid auth: not base64 of user:password");
+        let text = base64::engine::general_purpose::STANDARD
+            .decode(&given.auth)
+            .map_err(|_| bad())?;
+        let text = String::from_utf8(text).map_err(|_| bad())?;
+        let (username, password) = text.split_once(':').ok_or_else(bad)?;
+        Credential::Basic {
+            username: username.to_owned(),
+            password: Secret::new(password.trim_end_matches('\0')),
+        }
+    } else {
+        Credential::None
+    };
+    let server = given
+        .server_address
+        .split_once("://")
+        .map_or(given.server_address.as_str(), |(_, rest)| rest);
+    let host = server.split('/').next().unwrap_or_default().to_owned();
+    Ok(Arc::new(Given { host, credential }))
+}
+
+impl Images {
+    /// Pulls `text` and returns its image id. Callers that pull the same bytes share the work.
+    ///
+    /// # Errors
+    /// `NotFound` for an image that does not exist; otherwise without a class, as the kubelet
+    /// expects.
+    pub async fn pull(
+        &self,
+        text: &str,
+        auth: Option<&AuthConfig>,
+        snapshotter: &str,
+    ) -> Result<String> {
+        let named = Named::parse(text).map_err(|e| {
+            Error::unknown(format!("failed to parse image reference {text:?}: {e}"))
+        })?;
+        let reference = named.name();
+        let pull = Pull {
+            reference: reference.clone(),
+            session: SessionOptions {
+                credentials: credentials(auth)?,
+                headers: self.headers(),
+                ..SessionOptions::default()
+            },
+            select: Select::host(),
+            unpacks: vec![UnpackRequest {
+                matcher: Matcher::host(),
+                snapshotter: snapshotter.to_owned(),
+            }],
+            layers: if self.config.discard_unpacked_layers {
+                Layers::Discard
+            } else {
+                Layers::Keep
+            },
+            hint: !self.config.disable_snapshot_annotations,
+        };
+        let failed = |kind: ErrorKind, detail: String| {
+            let kind = if kind == ErrorKind::NotFound {
+                kind
+            } else {
+                ErrorKind::Unknown
+            };
+            Error::new(
+                kind,
+                format!("failed to pull and unpack image {reference:?}: {detail}"),
+            )
+        };
+        let lease = self
+            .transfer
+            .lease(&self.scope)
+            .await
+            .map_err(|e| failed(e.kind(), render(&e)))?;
+        let pulled = self
+            .transfer
+            .pull(lease.scope(), pull, &Tracker::default())
+            .await
+            .map_err(|e| failed(e.kind(), render(&e)));
+        let recorded = match pulled {
+            Ok(pulled) => self.record(lease.scope(), &named, &pulled).await,
+            Err(error) => Err(error),
+        };
+        lease.release().await;
+        recorded
+    }
+
+    fn headers(&self) -> std::collections::BTreeMap<String, String> {
+        let pairs = self.config.registry.headers.iter();
+        pairs
+            .filter_map(|(k, v)| Some((k.clone(), v.first()?.clone())))
+            .collect()
+    }
+
+    /// Records what was pulled under its id, its tag and its digest.
+    async fn record(
+        &self,
+        scope: &lighter_store::Scope,
+        named: &Named,
+        pulled: &lighter_engine::transfer::Pulled,
+    ) -> Result<String> {
+        let Some(manifest) = pulled.manifests.first() else {
+            return Err(Error::not_found(format!(
+                "{}: no manifest for this platform",
+                named.name()
+            )));
+        };
+        let id = manifest.config.digest.to_string();
+        let repository = format!("{}/{}", named.domain(), named.path());
+        let mut names = vec![id.clone(), format!("{repository}@{}", pulled.target.digest)];
+        if let Some(tag) = named.tag() {
+            names.push(format!("{repository}:{tag}"));
+        }
+        let mut labels = Labels::from([(MANAGED_LABEL.0.to_owned(), MANAGED_LABEL.1.to_owned())]);
+        if self
+            .config
+            .pinned_images
+            .values()
+            .any(|p| names.contains(p))
+        {
+            labels.insert(PINNED_LABEL.0.to_owned(), PINNED_LABEL.1.to_owned());
+        }
+        for name in names {
+            let image = NewImage {
+                name: name.clone(),
+                labels: labels.clone(),
+            };
+            let recorded = self.transfer.record(scope, image, &pulled.target).await;
+            recorded.map_err(|e| Error::unknown(render(&e)))?;
+            self.refresh(&name).await;
+        }
+        Ok(id)
+    }
+}

@@ -1,0 +1,141 @@
+//! Which capabilities a container gets.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+
+/// What a container has unless it asks otherwise.
+pub const DEFAULT: [&str; 14] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
+];
+
+/// Names of the capabilities by bit.
+const NAMES: [&str; 41] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+];
+
+/// What this daemon itself may do: a privileged container gets no more.
+#[must_use]
+pub fn own() -> Vec<String> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .unwrap_or(0);
+    NAMES
+        .iter()
+        .enumerate()
+        .filter(|(bit, _)| mask & (1 << bit) != 0)
+        .map(|(_, name)| format!("CAP_{name}"))
+        .collect()
+}
+
+/// The set after adding and dropping; `ALL` is taken first. Names are as the kubelet writes them,
+/// without prefix.
+#[must_use]
+pub fn adjusted(add: &[String], drop: &[String]) -> Vec<String> {
+    let is_all = |names: &[String]| names.iter().any(|n| n.eq_ignore_ascii_case("ALL"));
+    let full = |name: &String| format!("CAP_{}", name.to_ascii_uppercase());
+    let mut set: BTreeSet<String> = DEFAULT.iter().map(|c| (*c).to_owned()).collect();
+    if is_all(add) {
+        set = own().into_iter().collect();
+    }
+    if is_all(drop) {
+        set.clear();
+    }
+    set.extend(
+        add.iter()
+            .filter(|n| !n.eq_ignore_ascii_case("ALL"))
+            .map(full),
+    );
+    for name in drop.iter().filter(|n| !n.eq_ignore_ascii_case("ALL")) {
+        set.remove(&full(name));
+    }
+    set.into_iter().collect()
+}
+
+/// The spec's object: bounding, effective and permitted; never inheritable or ambient.
+#[must_use]
+pub fn object(set: &[String]) -> Value {
+    if set.is_empty() {
+        return json!({});
+    }
+    json!({ "bounding": set, "effective": set, "permitted": set })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(list: &[&str]) -> Vec<String> {
+        list.iter().map(|n| (*n).to_owned()).collect()
+    }
+
+    #[test]
+    fn dropping_all_leaves_what_is_added() {
+        let set = adjusted(&names(&["net_admin"]), &names(&["ALL"]));
+        assert_eq!(set, ["CAP_NET_ADMIN"]);
+        assert!(adjusted(&[], &names(&["all"])).is_empty());
+    }
+
+    #[test]
+    fn drops_come_after_adds() {
+        let set = adjusted(&names(&["SYS_TIME"]), &names(&["KILL", "SYS_TIME"]));
+        assert_eq!(set.len(), DEFAULT.len() - 1);
+        assert!(!set.contains(&"CAP_KILL".to_owned()));
+    }
+}

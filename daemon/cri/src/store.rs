@@ -1,0 +1,486 @@
+//! What CRI knows in memory: pods, containers, and the names they hold.
+//!
+//! Lists and status come from here without touching disk, shim or database. A pod or container has
+//! one `busy` lock that its life-cycle calls take in turn; reading takes only the small state lock.
+//!
+//! ```text
+//! container: CREATED ─start─► RUNNING ─exit─► EXITED       (start fails: CREATED ─► EXITED)
+//! pod:       NOTREADY ─run─► READY ─stop, exit─► NOTREADY
+//! ```
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::SystemTime;
+
+use lighter_proto::runtime::v1::{
+    ContainerConfig, ContainerState, ContainerUser, LinuxContainerResources, PodSandboxConfig,
+    PodSandboxState,
+};
+use serde_json::Value;
+use tokio::sync::watch;
+
+use crate::error::{Error, Result};
+use lighter_proto::errdefs::ErrorKind;
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What changes in a pod's life.
+#[derive(Debug, Clone)]
+pub struct PodState {
+    /// READY or not.
+    pub state: PodSandboxState,
+    /// When it was run.
+    pub created_at: SystemTime,
+    /// Pid of its first process; 0 once that is gone.
+    pub pid: u32,
+    /// Main address; empty on the host's network and once the network is gone.
+    pub ip: String,
+    /// Other addresses.
+    pub additional_ips: Vec<String>,
+    /// What CNI answered.
+    pub cni_result: Option<Value>,
+    /// Overhead and resources as last updated.
+    pub overhead: Option<LinuxContainerResources>,
+    /// See `overhead`.
+    pub resources: Option<LinuxContainerResources>,
+    /// Whether lists show it: not before it ran, not once it is removed.
+    pub visible: bool,
+}
+
+/// One pod.
+#[derive(Debug)]
+pub struct Pod {
+    /// 64 hex digits.
+    pub id: String,
+    /// Name that is reserved for it.
+    pub name: String,
+    /// As the kubelet sent it.
+    pub config: PodSandboxConfig,
+    /// Runtime handler as asked; empty for the default.
+    pub handler: String,
+    /// Its network namespace; `None` on the host's network.
+    pub netns: Option<PathBuf>,
+    state: Mutex<PodState>,
+    /// Taken by run, stop and remove in turn.
+    pub busy: tokio::sync::Mutex<()>,
+}
+
+impl Pod {
+    /// A pod that is being made.
+    #[must_use]
+    pub fn new(
+        id: String,
+        name: String,
+        config: PodSandboxConfig,
+        handler: String,
+        netns: Option<PathBuf>,
+    ) -> Self {
+        let state = PodState {
+            state: PodSandboxState::SandboxNotready,
+            created_at: SystemTime::now(),
+            pid: 0,
+            ip: String::new(),
+            additional_ips: Vec::new(),
+            cni_result: None,
+            overhead: None,
+            resources: None,
+            visible: false,
+        };
+        Self {
+            id,
+            name,
+            config,
+            handler,
+            netns,
+            state: Mutex::new(state),
+            busy: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// Its state now.
+    #[must_use]
+    pub fn state(&self) -> PodState {
+        locked(&self.state).clone()
+    }
+
+    /// Changes its state.
+    pub fn update(&self, change: impl FnOnce(&mut PodState)) {
+        change(&mut locked(&self.state));
+    }
+
+    /// Whether containers can be made in it.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        locked(&self.state).state == PodSandboxState::SandboxReady
+    }
+}
+
+/// What changes in a container's life. Written to disk with every step.
+#[derive(Debug, Clone)]
+pub struct ContainerStatus {
+    /// Where it is in its life.
+    pub state: ContainerState,
+    /// Pid while it runs.
+    pub pid: u32,
+    /// When it was made.
+    pub created_at: SystemTime,
+    /// When it was started, if it was.
+    pub started_at: Option<SystemTime>,
+    /// When it ended, if it did.
+    pub finished_at: Option<SystemTime>,
+    /// How it ended.
+    pub exit_code: i32,
+    /// `Completed`, `Error`, `OOMKilled`, `StartError`, `Unknown`.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+    /// Resources as last applied.
+    pub resources: Option<LinuxContainerResources>,
+    /// Whether a start is under way.
+    pub starting: bool,
+    /// Whether a removal is under way.
+    pub removing: bool,
+    /// Whether the stop signal was sent: it is sent once in a life.
+    pub stop_sent: bool,
+    /// Whether the kernel killed something in it for want of memory.
+    pub oom_killed: bool,
+    /// Whether its state could not be found out.
+    pub unknown: bool,
+}
+
+impl ContainerStatus {
+    /// Made now.
+    #[must_use]
+    pub fn created(resources: Option<LinuxContainerResources>) -> Self {
+        Self {
+            state: ContainerState::ContainerCreated,
+            pid: 0,
+            created_at: SystemTime::now(),
+            started_at: None,
+            finished_at: None,
+            exit_code: 0,
+            reason: String::new(),
+            message: String::new(),
+            resources,
+            starting: false,
+            removing: false,
+            stop_sent: false,
+            oom_killed: false,
+            unknown: false,
+        }
+    }
+}
+
+/// One container.
+#[derive(Debug)]
+pub struct Container {
+    /// 64 hex digits.
+    pub id: String,
+    /// Name that is reserved for it.
+    pub name: String,
+    /// Pod it belongs to.
+    pub pod_id: String,
+    /// As the kubelet sent it.
+    pub config: ContainerConfig,
+    /// Image id: digest of the config.
+    pub image_id: String,
+    /// Absolute path of its log; `None` when its output is dropped.
+    pub log_path: Option<PathBuf>,
+    /// Signal that ends it.
+    pub stop_signal: u32,
+    /// Snapshotter of its root.
+    pub snapshotter: String,
+    /// Who it runs as.
+    pub user: ContainerUser,
+    status: watch::Sender<ContainerStatus>,
+    /// Taken by start, stop's kill and remove in turn.
+    pub busy: tokio::sync::Mutex<()>,
+}
+
+/// What is fixed when a container is made.
+#[derive(Debug)]
+pub struct NewContainer {
+    /// See [`Container`].
+    pub id: String,
+    /// See [`Container`].
+    pub name: String,
+    /// See [`Container`].
+    pub pod_id: String,
+    /// See [`Container`].
+    pub config: ContainerConfig,
+    /// See [`Container`].
+    pub image_id: String,
+    /// See [`Container`].
+    pub log_path: Option<PathBuf>,
+    /// See [`Container`].
+    pub stop_signal: u32,
+    /// See [`Container`].
+    pub snapshotter: String,
+    /// See [`Container`].
+    pub user: ContainerUser,
+}
+
+impl Container {
+    /// A container in `status`.
+    #[must_use]
+    pub fn new(new: NewContainer, status: ContainerStatus) -> Self {
+        Self {
+            id: new.id,
+            name: new.name,
+            pod_id: new.pod_id,
+            config: new.config,
+            image_id: new.image_id,
+            log_path: new.log_path,
+            stop_signal: new.stop_signal,
+            snapshotter: new.snapshotter,
+            user: new.user,
+            status: watch::Sender::new(status),
+            busy: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// Its status now.
+    #[must_use]
+    pub fn status(&self) -> ContainerStatus {
+        self.status.borrow().clone()
+    }
+
+    /// Changes its status and wakes those who wait for it.
+    pub fn update(&self, change: impl FnOnce(&mut ContainerStatus)) {
+        self.status.send_modify(change);
+    }
+
+    /// Waits until it has ended.
+    pub async fn ended(&self) {
+        let mut status = self.status.subscribe();
+        // The sender lives as long as the container.
+        let _ = status
+            .wait_for(|s| s.state == ContainerState::ContainerExited)
+            .await;
+    }
+}
+
+/// All pods and containers.
+#[derive(Debug, Default)]
+pub struct Store {
+    pods: RwLock<HashMap<String, Arc<Pod>>>,
+    containers: RwLock<HashMap<String, Arc<Container>>>,
+    names: Mutex<HashMap<String, String>>,
+}
+
+/// A name held for an object that is being made; given back when dropped unless kept.
+#[derive(Debug)]
+pub struct Reservation {
+    store: Arc<Store>,
+    name: String,
+    kept: bool,
+}
+
+impl Reservation {
+    /// The object stands: its name stays until [`Store::release`].
+    pub fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.store.release(&self.name);
+        }
+    }
+}
+
+/// The one whose id is `prefix` or starts with it, if it is the only one.
+fn unique<T>(map: &HashMap<String, Arc<T>>, prefix: &str) -> Result<Option<Arc<T>>> {
+    if prefix.is_empty() {
+        return Err(Error::unknown("prefix can't be empty"));
+    }
+    if let Some(found) = map.get(prefix) {
+        return Ok(Some(Arc::clone(found)));
+    }
+    let mut found = map.iter().filter(|(id, _)| id.starts_with(prefix));
+    match (found.next(), found.next()) {
+        (None, _) => Ok(None),
+        (Some((_, one)), None) => Ok(Some(Arc::clone(one))),
+        (Some(_), Some(_)) => Err(Error::unknown(format!(
+            "multiple IDs found with provided prefix: {prefix}"
+        ))),
+    }
+}
+
+fn read<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Store {
+    /// Holds `name` for `id`. `kind` is `sandbox` or `container`.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` when another id holds it.
+    pub fn reserve(self: &Arc<Self>, kind: &str, name: &str, id: &str) -> Result<Reservation> {
+        let mut names = locked(&self.names);
+        if let Some(holder) = names.get(name)
+            && holder != id
+        {
+            let hint = if kind == "container" {
+                "; check if another CreateContainer request is in progress"
+            } else {
+                ""
+            };
+            return Err(Error::new(
+                ErrorKind::FailedPrecondition,
+                format!(
+                    "failed to reserve {kind} name {name:?}{hint}: name {name:?} is reserved for {holder:?}"
+                ),
+            ));
+        }
+        names.insert(name.to_owned(), id.to_owned());
+        Ok(Reservation {
+            store: Arc::clone(self),
+            name: name.to_owned(),
+            kept: false,
+        })
+    }
+
+    /// Id that holds `name`.
+    #[must_use]
+    pub fn holder(&self, name: &str) -> Option<String> {
+        locked(&self.names).get(name).cloned()
+    }
+
+    /// Gives a name back.
+    pub fn release(&self, name: &str) {
+        locked(&self.names).remove(name);
+    }
+
+    /// Adds a pod.
+    pub fn add_pod(&self, pod: Arc<Pod>) {
+        write(&self.pods).insert(pod.id.clone(), pod);
+    }
+
+    /// Forgets a pod.
+    pub fn remove_pod(&self, id: &str) {
+        write(&self.pods).remove(id);
+    }
+
+    /// The pod of an id or unambiguous prefix.
+    ///
+    /// # Errors
+    /// For an empty or ambiguous prefix.
+    pub fn find_pod(&self, id: &str) -> Result<Option<Arc<Pod>>> {
+        unique(&read(&self.pods), id)
+    }
+
+    /// [`Store::find_pod`], which must exist.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn pod(&self, id: &str) -> Result<Arc<Pod>> {
+        self.find_pod(id)?.ok_or_else(|| {
+            Error::not_found(format!(
+                "an error occurred when try to find sandbox {id:?}: not found"
+            ))
+        })
+    }
+
+    /// All pods that lists show.
+    #[must_use]
+    pub fn pods(&self) -> Vec<Arc<Pod>> {
+        read(&self.pods)
+            .values()
+            .filter(|p| locked(&p.state).visible)
+            .cloned()
+            .collect()
+    }
+
+    /// Adds a container.
+    pub fn add_container(&self, container: Arc<Container>) {
+        write(&self.containers).insert(container.id.clone(), container);
+    }
+
+    /// Forgets a container.
+    pub fn remove_container(&self, id: &str) {
+        write(&self.containers).remove(id);
+    }
+
+    /// The container of an id or unambiguous prefix.
+    ///
+    /// # Errors
+    /// For an empty or ambiguous prefix.
+    pub fn find_container(&self, id: &str) -> Result<Option<Arc<Container>>> {
+        unique(&read(&self.containers), id)
+    }
+
+    /// [`Store::find_container`], which must exist.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>> {
+        self.find_container(id)?.ok_or_else(|| {
+            Error::not_found(format!(
+                "an error occurred when try to find container {id:?}: not found"
+            ))
+        })
+    }
+
+    /// All containers.
+    #[must_use]
+    pub fn containers(&self) -> Vec<Arc<Container>> {
+        read(&self.containers).values().cloned().collect()
+    }
+
+    /// Containers of one pod.
+    #[must_use]
+    pub fn containers_of(&self, pod_id: &str) -> Vec<Arc<Container>> {
+        read(&self.containers)
+            .values()
+            .filter(|c| c.pod_id == pod_id)
+            .cloned()
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dropped_reservation_gives_the_name_back() {
+        let store = Arc::new(Store::default());
+        let held = store.reserve("container", "n", "1").unwrap();
+        let refused = store
+            .reserve("container", "n", "2")
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains("reserved for \"1\""), "{refused}");
+        drop(held);
+        store.reserve("container", "n", "2").unwrap().keep();
+        assert_eq!(store.holder("n").as_deref(), Some("2"));
+    }
+
+    #[test]
+    fn a_prefix_must_be_unambiguous() {
+        let store = Store::default();
+        for id in ["ab1", "ab2"] {
+            let pod = Pod::new(
+                id.into(),
+                String::new(),
+                PodSandboxConfig::default(),
+                String::new(),
+                None,
+            );
+            store.add_pod(Arc::new(pod));
+        }
+        assert!(store.find_pod("ab").is_err() && store.find_pod("").is_err());
+        assert_eq!(store.find_pod("ab2").unwrap().unwrap().id, "ab2");
+        assert!(store.find_pod("x").unwrap().is_none());
+    }
+}
