@@ -18,6 +18,8 @@ pub struct Options {
     pub config: String,
     /// Level of the daemon's log; `debug` when none is given.
     pub log_level: Option<&'static str>,
+    /// Size of a filesystem of its own for the daemon's root, in MiB.
+    pub root_mib: Option<u32>,
 }
 
 /// A running daemon and everything that belongs to it.
@@ -64,6 +66,19 @@ impl Daemon {
             level = options.log_level.unwrap_or("debug"),
         );
         fs::write(dir.join("config.toml"), config)?;
+        if let Some(size) = options.root_mib {
+            let root = dir.join("root");
+            fs::create_dir(&root)?;
+            let size = format!("size={size}m");
+            let flags = nix::mount::MsFlags::empty();
+            nix::mount::mount(
+                Some("tmpfs"),
+                &root,
+                Some("tmpfs"),
+                flags,
+                Some(size.as_str()),
+            )?;
+        }
         let mut daemon = Self {
             subject,
             dir,
@@ -205,6 +220,8 @@ impl Daemon {
         let left = eventually("nothing is left", async || {
             let mut left = leftovers::find(&self.dir, &self.namespace);
             let own = self.child.as_ref().map(Child::id);
+            let root = format!("mount {}", self.dir.join("root").display());
+            left.retain(|line| *line != root);
             left.retain(|line| own.is_none_or(|pid| !line.starts_with(&format!("process {pid}:"))));
             Ok(left.is_empty().then_some(()))
         })
@@ -220,6 +237,10 @@ impl Daemon {
             );
         }
         self.stop().await?;
+        let root = self.dir.join("root");
+        if leftovers::mounts(&root).contains(&root) {
+            nix::mount::umount(&root)?;
+        }
         let after = leftovers::find(&self.dir, &self.namespace);
         anyhow::ensure!(
             after.is_empty(),

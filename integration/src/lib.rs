@@ -13,7 +13,7 @@ pub mod image;
 mod leftovers;
 mod oci;
 mod registry;
-mod subject;
+pub mod subject;
 
 pub use cli::{Cli, Output};
 pub use client::{Client, Container, Exit};

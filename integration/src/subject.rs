@@ -46,7 +46,7 @@ impl Subject {
 
 /// A program of this workspace: in `LIGHTER_BIN_DIR`, or where cargo put it beside this test.
 #[must_use]
-pub(crate) fn built(name: &str) -> PathBuf {
+pub fn built(name: &str) -> PathBuf {
     if let Some(dir) = std::env::var_os("LIGHTER_BIN_DIR") {
         return PathBuf::from(dir).join(name);
     }

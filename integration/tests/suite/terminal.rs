@@ -9,14 +9,14 @@ use lighter_integration::{Cli, Daemon, Image, Result};
 const NAME: &str = "docker.io/test/busybox:latest";
 
 /// A command inside a pseudo-terminal, talked to line by line.
-struct Terminal {
+pub(crate) struct Terminal {
     child: std::process::Child,
     seen: std::sync::Arc<std::sync::Mutex<String>>,
     stdin: std::process::ChildStdin,
 }
 
 impl Terminal {
-    fn open(command: &Command) -> Result<Self> {
+    pub(crate) fn open(command: &Command) -> Result<Self> {
         let mut line = format!(
             "stty rows 33 cols 120; exec {}",
             quote(command.get_program())
@@ -57,12 +57,12 @@ impl Terminal {
         Ok(Self { child, seen, stdin })
     }
 
-    fn send(&mut self, text: &str) -> Result {
+    pub(crate) fn send(&mut self, text: &str) -> Result {
         self.stdin.write_all(text.as_bytes())?;
         Ok(self.stdin.flush()?)
     }
 
-    fn expect(&self, text: &str) -> Result {
+    pub(crate) fn expect(&self, text: &str) -> Result {
         let begun = Instant::now();
         while !self.seen.lock().expect("no panic").contains(text) {
             anyhow::ensure!(
@@ -75,7 +75,7 @@ impl Terminal {
         Ok(())
     }
 
-    fn code(mut self) -> Result<i32> {
+    pub(crate) fn code(mut self) -> Result<i32> {
         let begun = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait()? {
@@ -124,4 +124,9 @@ async fn shell(pick: fn(&Daemon) -> Cli) -> Result {
 #[tokio::test]
 async fn debian_ctr_gives_an_interactive_shell() -> Result {
     shell(Daemon::debian_ctr).await
+}
+
+#[tokio::test]
+async fn our_ctr_gives_an_interactive_shell() -> Result {
+    shell(Daemon::our_ctr).await
 }

@@ -1,0 +1,71 @@
+//! Each daemon with the other's shim: ours under containerd, Debian's under lighter.
+
+use lighter_integration::{Client, Container, Daemon, Result, Spec, Subject, eventually, subject};
+use lighter_proto::containerd::v1::types::Status;
+
+use crate::run::ready;
+
+/// Path of the shim of the other side.
+fn other_shim(daemon: &Daemon) -> String {
+    match daemon.subject() {
+        Subject::Lighter => "/usr/bin/containerd-shim-runc-v2".to_owned(),
+        Subject::Containerd => subject::built("containerd-shim-lighter-v2")
+            .to_string_lossy()
+            .into_owned(),
+    }
+}
+
+async fn start(daemon: &Daemon, client: &Client, top: &str, id: &str) -> Result<Container> {
+    let script = "trap 'exit 5' TERM; while :; do sleep 0.05; done";
+    let spec = Spec::new(daemon.namespace(), id, &["sh", "-c", script]);
+    let shim = other_shim(daemon);
+    let container = client
+        .create_on(id, top, &spec, "overlayfs", &shim, None)
+        .await?;
+    client.create_task(&container, None).await?;
+    client.start(id, "").await?;
+    Ok(container)
+}
+
+#[tokio::test]
+async fn the_others_shim_runs_execs_and_kills() -> Result {
+    let (daemon, client, _, top) = ready().await?;
+    let mut events = crate::events::subscribe(&client, &daemon).await;
+    let container = start(&daemon, &client, &top, "crossed").await?;
+    let log = daemon.dir().join("exec.log");
+    let process = Spec::new(daemon.namespace(), "x", &[]).process(&["sh", "-c", "echo hi; exit 3"]);
+    client.exec("crossed", "e", &process, Some(&log)).await?;
+    assert_eq!(client.wait("crossed", "e").await?.status, 3);
+    assert_eq!(std::fs::read_to_string(&log)?, "hi\n");
+    let exit = events.task_exit("crossed").await?;
+    assert_eq!((exit.id.as_str(), exit.exit_status), ("e", 3));
+    client.kill("crossed", "", 15).await?;
+    assert_eq!(client.wait("crossed", "").await?.status, 5);
+    let exit = events.task_exit("crossed").await?;
+    assert_eq!((exit.id.as_str(), exit.exit_status), ("crossed", 5));
+    assert_eq!(client.task("crossed", "").await?.status(), Status::Stopped);
+    assert_eq!(client.delete_task("crossed").await?.status, 5);
+    client.delete(&container).await?;
+    daemon.finish().await
+}
+
+#[tokio::test]
+async fn the_others_shim_outlives_its_daemon() -> Result {
+    let (mut daemon, client, _, top) = ready().await?;
+    let container = start(&daemon, &client, &top, "survivor").await?;
+    daemon.kill()?;
+    daemon.boot().await?;
+    let client = daemon.client().await?;
+    let task = eventually("the task is found", async || {
+        Ok(client.task("survivor", "").await.ok())
+    })
+    .await?;
+    assert_eq!(task.status(), Status::Running);
+    let mut events = crate::events::subscribe(&client, &daemon).await;
+    client.kill("survivor", "", 15).await?;
+    let exit = events.task_exit("survivor").await?;
+    assert_eq!(exit.exit_status, 5, "its events reach the new daemon");
+    assert_eq!(client.delete_task("survivor").await?.status, 5);
+    client.delete(&container).await?;
+    daemon.finish().await
+}
