@@ -11,6 +11,10 @@ use nix::unistd::Pid;
 
 use crate::{Cli, Client, Result, Subject, eventually, leftovers, subject};
 
+/// Collections run when a test asks for one, so that what it is about to refer to stays until then.
+const GC_WHEN_ASKED: &str = "[plugins.'io.containerd.gc.v1.scheduler']\nstartup_delay = '1h'\n\
+                             mutation_threshold = 1000000000\n";
+
 /// What differs from a plain daemon.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
@@ -58,7 +62,7 @@ impl Daemon {
         let config = format!(
             "version = 2\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = \
              [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = {sock:?}\n[debug]\nlevel = \
-             {level:?}\n{extra}\n",
+             {level:?}\n{GC_WHEN_ASKED}\n{extra}\n",
             root = dir.join("root"),
             state = dir.join("state"),
             sock = dir.join("c.sock"),
