@@ -2,7 +2,7 @@
 //!
 //! Ordinary mounts are a few system calls and are made at once. What needs a helper process or may
 //! take its time (loop devices, id maps, FUSE helpers, layers beyond one page of options) is made by
-//! a [worker](crate::worker), so that the shim never waits and never runs a child behind its reaper's
+//! a [worker], so that the shim never waits and never runs a child behind its reaper's
 //! back.
 
 use std::path::Path;

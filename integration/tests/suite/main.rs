@@ -1,5 +1,11 @@
 //! The black-box suite: what a client sees, on ours and on the reference alike.
 
+#![allow(
+    clippy::disallowed_methods,
+    clippy::too_many_lines,
+    reason = "a test is one story; what it spawns ends with it"
+)]
+
 mod bad_input;
 mod chaos;
 mod content;
