@@ -1,7 +1,7 @@
 //! Records of everything that has a name, per namespace, and the references between them.
 //!
 //! One [`Db`] over the one committer; one file and one handle per kind of object. Every call takes
-//! the request's [`Scope`]; a change returns when it is durable, and its event (where there is one)
+//! the request's [`Scope`](crate::Scope); a change returns when it is durable, and its event (where there is one)
 //! is published after that.
 
 pub mod containers;
