@@ -117,6 +117,7 @@ pub(crate) fn check_id(id: &str) -> Result<()> {
 
 impl Task {
     async fn adopt(&self, io: &ProcessIo, running: &mut Running) -> Result<()> {
+        io.started();
         let Some(terminal) = running.terminal.take() else {
             return Ok(());
         };

@@ -88,6 +88,9 @@ pub(crate) struct ProcessIo {
     stdio: Stdio,
     copies: TaskTracker,
     stop: CancellationToken,
+    /// Output is copied from when this is cancelled on: a runtime that fails writes its complaint to
+    /// the process's stderr too, and the client has that as the call's error already.
+    started: CancellationToken,
     /// Our own writer of the stdin fifo: while it is open a detaching client gives no end of file.
     stdin_keeper: Mutex<Option<OwnedFd>>,
     terminal: Mutex<Option<Arc<AsyncFd<OwnedFd>>>>,
@@ -100,7 +103,8 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl ProcessIo {
-    /// Opens the streams and starts to copy. The process's ends come back for the runtime.
+    /// Opens the streams and starts to copy input; output follows at [`ProcessIo::started`]. The
+    /// process's ends come back for the runtime.
     ///
     /// # Errors
     /// `InvalidArgument` for a URI that means nothing; `Io` for one that cannot be opened.
@@ -109,6 +113,7 @@ impl ProcessIo {
             stdio: stdio.clone(),
             copies: TaskTracker::new(),
             stop: CancellationToken::new(),
+            started: CancellationToken::new(),
             stdin_keeper: Mutex::new(None),
             terminal: Mutex::new(None),
             loggers: Mutex::new(Vec::new()),
@@ -191,8 +196,10 @@ impl ProcessIo {
                 let (ours, process) = pipe::output_pair(context.owner)?;
                 let ours = pipe::watch(ours)?;
                 let path = path.clone();
+                let started = self.started.clone();
                 self.copy(async move {
                     let sink = fifo::open_output(&path).await?;
+                    started.cancelled().await;
                     pipe::splice(&ours, &sink).await
                 });
                 Ok(process)
@@ -201,7 +208,11 @@ impl ProcessIo {
                 let file = append(path)?;
                 let (ours, process) = pipe::output_pair(context.owner)?;
                 let ours = pipe::watch(ours)?;
-                self.copy(async move { pipe::drain_to_file(&ours, file).await });
+                let started = self.started.clone();
+                self.copy(async move {
+                    started.cancelled().await;
+                    pipe::drain_to_file(&ours, file).await
+                });
                 Ok(process)
             }
             Target::CriLog { path, limit, tee } => {
@@ -212,7 +223,11 @@ impl ProcessIo {
                     log.attach(stream, tee.clone());
                 }
                 let limit = *limit;
-                self.copy(async move { cri_log::copy(&ours, &log, stream, limit).await });
+                let started = self.started.clone();
+                self.copy(async move {
+                    started.cancelled().await;
+                    cri_log::copy(&ours, &log, stream, limit).await
+                });
                 Ok(process)
             }
             Target::Binary { .. } => Err(Error::InvalidArgument(
@@ -244,6 +259,11 @@ impl ProcessIo {
         let logger = Logger::start(target, context, out_reader, err_reader).await?;
         locked(&self.loggers).push(logger);
         Ok((stdout, stderr))
+    }
+
+    /// The process exists: what comes out of it goes to the client.
+    pub(crate) fn started(&self) {
+        self.started.cancel();
     }
 
     /// Copies between a terminal and the client's streams.
