@@ -10,7 +10,8 @@ run=(/bin/busybox:busybox-static /usr/sbin/runc:runc /usr/sbin/iptables:iptables
 test=(/usr/bin/containerd:containerd /usr/bin/docker-registry:docker-registry
     /usr/bin/skopeo:skopeo /usr/lib/cni/bridge:containernetworking-plugins /usr/bin/crun:crun
     /usr/bin/jq:jq /usr/bin/mkfs.erofs:erofs-utils /usr/sbin/mkfs.ext4:e2fsprogs
-    /usr/bin/umoci:umoci /usr/sbin/ip:iproute2 /usr/bin/script:bsdutils)
+    /usr/bin/umoci:umoci /usr/sbin/ip:iproute2 /usr/bin/script:bsdutils
+    /usr/sbin/dockerd:docker.io)
 
 wanted=("${build[@]}" "${run[@]}")
 [ "${1:-test}" = run ] || wanted+=("${test[@]}")

@@ -24,6 +24,8 @@ pub struct Options {
     pub log_level: Option<&'static str>,
     /// Size of a filesystem of its own for the daemon's root, in MiB.
     pub root_mib: Option<u32>,
+    /// Folder before all others in the daemon's `PATH`: shims are found there first.
+    pub path: Option<PathBuf>,
 }
 
 /// A running daemon and everything that belongs to it.
@@ -33,6 +35,7 @@ pub struct Daemon {
     dir: PathBuf,
     namespace: String,
     child: Option<Child>,
+    path: Option<PathBuf>,
     starts: u32,
 }
 
@@ -88,6 +91,7 @@ impl Daemon {
             dir,
             namespace,
             child: None,
+            path: options.path.clone(),
             starts: 0,
         };
         daemon.boot().await?;
@@ -102,7 +106,13 @@ impl Daemon {
         anyhow::ensure!(self.child.is_none(), "the daemon is running");
         self.starts += 1;
         let log = File::create(self.dir.join(format!("log.{}", self.starts)))?;
-        let child = Command::new(self.subject.daemon())
+        let mut command = Command::new(self.subject.daemon());
+        if let Some(first) = &self.path {
+            let rest = std::env::var_os("PATH").unwrap_or_default();
+            let all = std::iter::once(first.clone()).chain(std::env::split_paths(&rest));
+            command.env("PATH", std::env::join_paths(all)?);
+        }
+        let child = command
             .arg("--config")
             .arg(self.dir.join("config.toml"))
             .stdin(Stdio::null())

@@ -22,7 +22,7 @@ pub use eventually::eventually;
 pub use image::{Blob, Image, Layer};
 pub use oci::Spec;
 pub use registry::Registry;
-pub use subject::Subject;
+pub use subject::{Subject, built};
 
 /// What every helper and test returns.
 pub type Result<T = (), E = anyhow::Error> = std::result::Result<T, E>;

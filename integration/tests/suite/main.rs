@@ -11,6 +11,7 @@ mod chaos;
 mod content;
 mod ctr_debian;
 mod ctr_ours;
+mod docker;
 mod events;
 mod full_disk;
 mod leases;
