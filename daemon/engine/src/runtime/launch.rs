@@ -8,7 +8,7 @@
 //! is taken once.
 
 use std::collections::HashMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -81,6 +81,11 @@ enum Form {
 /// Which file a binary was: device, inode, time and size change with an upgrade.
 type Identity = (u64, u64, i64, u64);
 
+/// The runtime that every client asks for unless told otherwise.
+const RUNC_RUNTIME: &str = "io.containerd.runc.v2";
+/// The shim that serves it, in place of `containerd-shim-runc-v2`.
+const OUR_SHIM: &str = "containerd-shim-lighter-v2";
+
 /// What every shim is told of this daemon.
 #[derive(Debug)]
 pub struct Launcher {
@@ -129,7 +134,9 @@ impl Launcher {
         }
     }
 
-    /// The shim's binary for a runtime name (`io.containerd.runc.v2`) or an absolute path.
+    /// The shim's binary for a runtime name (`io.containerd.runc.v2`) or an absolute path. The
+    /// default runtime is served by our own shim wherever it is installed; containerd's is chosen
+    /// by its path.
     ///
     /// # Errors
     /// When the name is none or nothing is installed under it.
@@ -155,12 +162,17 @@ impl Launcher {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let own = self.binary.parent().map(Path::to_owned);
         // Beside our own binary first: an upgraded daemon must not run the shim of the old one.
-        let found = own
-            .into_iter()
-            .chain(std::env::split_paths(&path))
-            .map(|dir| dir.join(&name))
-            .find(|file| executable(file));
-        match found {
+        let search = |name: &OsStr| {
+            own.clone()
+                .into_iter()
+                .chain(std::env::split_paths(&path))
+                .map(|dir| dir.join(name))
+                .find(|file| executable(file))
+        };
+        let ours = (runtime == RUNC_RUNTIME)
+            .then(|| search(OsStr::new(OUR_SHIM)))
+            .flatten();
+        match ours.or_else(|| search(&name)) {
             Some(file) => Ok(file),
             None => fail(format!(
                 "runtime {runtime:?} binary not installed {name:?}: file does not exist"
