@@ -101,3 +101,10 @@ pub(crate) fn io(what: &str, path: &std::path::Path) -> impl FnOnce(std::io::Err
     let what = format!("{what} {}", path.display());
     move |error| Error::unknown(format!("{what}: {error}"))
 }
+
+impl Error {
+    /// The class and text of a store's error that is still needed.
+    pub(crate) fn from_store(error: &lighter_store::Error) -> Self {
+        Self::new(error.kind(), render(error))
+    }
+}

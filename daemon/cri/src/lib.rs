@@ -13,6 +13,8 @@ pub mod image;
 pub mod json;
 pub mod netns;
 pub mod nri;
+pub mod plugin;
+pub mod runtime;
 pub mod seccomp_default;
 pub mod spec;
 pub mod store;

@@ -12,11 +12,11 @@ impl Network {
     /// `ADD` on every plugin in order, each given the result of the one before. Returns the last.
     /// Every result is handed to `keep` before the next plugin runs: a `DEL` after an `ADD` cut
     /// short needs it, since plugins such as the firewall find their rules by address only.
-    pub(super) async fn add(
+    pub(super) async fn add<F: Future<Output = Result<(), Error>>>(
         &self,
         call: &Invocation<'_>,
         capabilities: &Map<String, Value>,
-        keep: impl AsyncFn(&Map<String, Value>) -> Result<(), Error>,
+        keep: impl Fn(Map<String, Value>) -> F,
     ) -> Result<Map<String, Value>, Error> {
         let mut result: Option<Map<String, Value>> = None;
         for plugin in &self.plugins {
@@ -28,7 +28,7 @@ impl Network {
             let answer = answer
                 .await
                 .map_err(|failure| plugin.failed("add", failure))?;
-            keep(&answer).await?;
+            keep(answer.clone()).await?;
             result = Some(answer);
         }
         Ok(result.unwrap_or_default())

@@ -236,7 +236,11 @@ impl Cni {
                 }
                 results
             } else {
-                join_all(attachments.iter().map(|a| self.attach(a, deadline))).await
+                let mut adds = Vec::with_capacity(attachments.len());
+                for attachment in &attachments {
+                    adds.push(self.attach(attachment, deadline));
+                }
+                join_all(adds).await
             }
         };
         let (raised, results) = tokio::join!(netns::raise_loopback(netns), adds);
@@ -267,11 +271,11 @@ impl Cni {
         let args = args_text(entry);
         let capabilities = entry.capability_args.clone().unwrap_or_default();
         let call = self.invocation("ADD", entry, &args, &entry.netns, deadline);
-        let keep = async |result: &Map<String, Value>| {
+        let keep = |result: Map<String, Value>| {
             let mut entry = entry.clone();
-            entry.result = Some(result.clone());
+            entry.result = Some(result);
             let cache = self.cache.clone();
-            block(move || cache.store(&entry)).await
+            block(move || cache.store(&entry))
         };
         attachment.network.add(&call, &capabilities, keep).await
     }
@@ -307,7 +311,10 @@ impl Cni {
         let netns = netns.filter(|path| !netns::is_closed(path));
         let netns = netns.map_or_else(String::new, |path| path.to_string_lossy().into_owned());
         let deadline = Instant::now() + TEARDOWN_TIMEOUT;
-        let dels = attachments.iter().map(|a| self.detach(a, &netns, deadline));
+        let mut dels = Vec::with_capacity(attachments.len());
+        for attachment in &attachments {
+            dels.push(self.detach(attachment, &netns, deadline));
+        }
         let mut first = Ok(());
         for result in join_all(dels).await {
             if first.is_ok() {

@@ -5,6 +5,7 @@
 
 pub mod pause;
 mod pull;
+mod service;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -16,6 +17,8 @@ use lighter_store::filter::Filter;
 use lighter_store::metadata::{Db, Image as Record};
 use lighter_store::{Digest, Scope};
 use serde::Deserialize;
+
+pub use service::ImageEdge;
 
 use crate::config;
 use crate::error::{Error, Result};

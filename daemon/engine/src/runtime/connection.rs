@@ -26,6 +26,8 @@ use super::bootstrap::{Bootstrap, Protocol};
 const TASK_V2: &str = "containerd.task.v2.Task";
 const TASK_V3: &str = "containerd.task.v3.Task";
 const SANDBOX: &str = "containerd.runtime.sandbox.v1.Sandbox";
+/// Service of logs that the shim writes itself.
+const LOG: &str = "lighter.shim.v1.Log";
 /// Header that names the namespace over gRPC.
 const NAMESPACE_HEADER: &str = "containerd-namespace";
 /// Longest that opening a connection to a local socket may take.
@@ -159,6 +161,19 @@ impl Connection {
         limit: Option<Duration>,
     ) -> Result<Res, WireError> {
         self.request(SANDBOX, method, request, limit).await
+    }
+
+    /// A call of the log service, which only our own shim has.
+    ///
+    /// # Errors
+    /// As [`Connection::task`]; `Unimplemented` from other shims.
+    pub async fn log<Req: Message + 'static, Res: Message + Default + 'static>(
+        &self,
+        method: &str,
+        request: Req,
+        limit: Option<Duration>,
+    ) -> Result<Res, WireError> {
+        self.request(LOG, method, request, limit).await
     }
 
     async fn request<Req: Message + 'static, Res: Message + Default + 'static>(

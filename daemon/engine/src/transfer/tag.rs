@@ -5,7 +5,7 @@ use tokio::sync::Mutex;
 
 use super::graph::Walk;
 use super::kinds::StoreEnd;
-use super::{Error, Transfer};
+use super::{Error, Transfer, UnpackRequest};
 use crate::image::children::Layers;
 use crate::image::{Descriptor, FetchOptions, Origin, Tracker};
 
@@ -25,6 +25,32 @@ impl Transfer {
         self.unpack_stored(scope, &target, to, tracker).await?;
         self.record_all(scope, to, &target, true, tracker).await?;
         Ok(())
+    }
+
+    /// Unpacks an image of the store to `snapshotter`; what is there already is left alone.
+    ///
+    /// # Errors
+    /// When content is missing or a layer cannot be applied.
+    ///
+    /// # Cancellation
+    /// Finished layers stay for the next attempt.
+    pub async fn unpack(
+        &self,
+        scope: &Scope,
+        name: &str,
+        target: &Descriptor,
+        unpack: UnpackRequest,
+    ) -> Result<(), Error> {
+        let to = StoreEnd {
+            name: name.to_owned(),
+            labels: lighter_store::Labels::new(),
+            platforms: Vec::new(),
+            select: super::Select::host(),
+            extras: Vec::new(),
+            unpacks: vec![unpack],
+        };
+        self.unpack_stored(scope, target, &to, &Tracker::default())
+            .await
     }
 
     /// Unpacks what `to` wants of an image in the store.

@@ -1,0 +1,145 @@
+//! `runtime.v1.ImageService`: decode, call, encode.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::stream::{self, BoxStream, StreamExt as _};
+use lighter_proto::errdefs::into_status;
+use lighter_proto::runtime::v1::image_service_server::ImageService;
+use lighter_proto::runtime::v1 as api;
+use lighter_proto::time;
+use tonic::{Request, Response, Status};
+
+use super::Image;
+use crate::plugin::Plugin;
+
+/// Items in one message of a streamed list.
+const BATCH: usize = 5000;
+
+/// The service over the plugin.
+#[derive(Debug, Clone)]
+pub struct ImageEdge(pub Arc<Plugin>);
+
+fn encode(image: &Image) -> api::Image {
+    let user = image.process.user.split(':').next().unwrap_or_default();
+    let (uid, username) = match user.parse::<i64>() {
+        Ok(uid) => (Some(api::Int64Value { value: uid }), String::new()),
+        Err(_) => (None, user.to_owned()),
+    };
+    api::Image {
+        id: image.id.clone(),
+        repo_tags: image.tags(),
+        repo_digests: image.digests(),
+        size: image.size_bytes,
+        uid,
+        username,
+        spec: Some(api::ImageSpec { image: image.id.clone(), ..Default::default() }),
+        pinned: image.pinned,
+    }
+}
+
+impl ImageEdge {
+    fn listed(&self, filter: Option<api::ImageFilter>) -> Vec<api::Image> {
+        let wanted = filter.and_then(|f| f.image).map(|s| s.image).filter(|i| !i.is_empty());
+        let images = &self.0.images;
+        match wanted {
+            Some(name) => images.find(&name).iter().map(encode).collect(),
+            None => images.list().iter().map(encode).collect(),
+        }
+    }
+
+    fn spec_name(spec: Option<api::ImageSpec>) -> Result<String, Status> {
+        match spec.map(|s| s.image).filter(|name| !name.is_empty()) {
+            Some(name) => Ok(name),
+            None => Err(Status::invalid_argument("image name is required: invalid argument")),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl ImageService for ImageEdge {
+    type StreamImagesStream = BoxStream<'static, Result<api::StreamImagesResponse, Status>>;
+
+    async fn list_images(
+        &self,
+        request: Request<api::ListImagesRequest>,
+    ) -> Result<Response<api::ListImagesResponse>, Status> {
+        let images = self.listed(request.into_inner().filter);
+        Ok(Response::new(api::ListImagesResponse { images }))
+    }
+
+    async fn stream_images(
+        &self,
+        request: Request<api::StreamImagesRequest>,
+    ) -> Result<Response<Self::StreamImagesStream>, Status> {
+        let images = self.listed(request.into_inner().filter);
+        let batches: Vec<_> = images
+            .chunks(BATCH)
+            .map(|batch| Ok(api::StreamImagesResponse { images: batch.to_vec() }))
+            .collect();
+        Ok(Response::new(stream::iter(batches).boxed()))
+    }
+
+    async fn image_status(
+        &self,
+        request: Request<api::ImageStatusRequest>,
+    ) -> Result<Response<api::ImageStatusResponse>, Status> {
+        let request = request.into_inner();
+        let name = Self::spec_name(request.image)?;
+        let found = self.0.images.find(&name);
+        let mut info = std::collections::HashMap::new();
+        if let (true, Some(image)) = (request.verbose, &found) {
+            let detail = serde_json::json!({ "chainID": image.chain_id, "imageSpec": { "config": image.process } });
+            info.insert("info".to_owned(), detail.to_string());
+        }
+        Ok(Response::new(api::ImageStatusResponse { image: found.as_ref().map(encode), info }))
+    }
+
+    async fn pull_image(
+        &self,
+        request: Request<api::PullImageRequest>,
+    ) -> Result<Response<api::PullImageResponse>, Status> {
+        let request = request.into_inner();
+        let handler = request.image.as_ref().map(|s| s.runtime_handler.clone()).unwrap_or_default();
+        let name = Self::spec_name(request.image)?;
+        let plugin = Arc::clone(&self.0);
+        let snapshotter = plugin.snapshotter_of(&handler);
+        // A kubelet that hangs up must not leave half a pull to be repeated from the start.
+        let pull = plugin.tracker.clone().spawn(async move {
+            plugin.images.pull(&name, request.auth.as_ref(), &snapshotter).await
+        });
+        let pulled = pull.await.map_err(|e| Status::internal(e.to_string()))?;
+        let image_ref = pulled.map_err(into_status)?;
+        Ok(Response::new(api::PullImageResponse { image_ref }))
+    }
+
+    async fn remove_image(
+        &self,
+        request: Request<api::RemoveImageRequest>,
+    ) -> Result<Response<api::RemoveImageResponse>, Status> {
+        let name = Self::spec_name(request.into_inner().image)?;
+        self.0.images.remove(&name).await.map_err(into_status)?;
+        self.0.collect().await;
+        Ok(Response::new(api::RemoveImageResponse {}))
+    }
+
+    async fn image_fs_info(
+        &self,
+        _: Request<api::ImageFsInfoRequest>,
+    ) -> Result<Response<api::ImageFsInfoResponse>, Status> {
+        let limit = Duration::from_secs(30);
+        let usage = tokio::time::timeout(limit, self.0.image_filesystem()).await;
+        let usage = usage.map_err(|_| Status::deadline_exceeded("measuring the image filesystem"))?;
+        let (mountpoint, usage) = usage.map_err(into_status)?;
+        let filesystem = api::FilesystemUsage {
+            timestamp: time::to_nanos(std::time::SystemTime::now()),
+            fs_id: Some(api::FilesystemIdentifier { mountpoint }),
+            used_bytes: Some(api::UInt64Value { value: usage.size_bytes }),
+            inodes_used: Some(api::UInt64Value { value: usage.inodes }),
+        };
+        Ok(Response::new(api::ImageFsInfoResponse {
+            image_filesystems: vec![filesystem.clone()],
+            container_filesystems: vec![filesystem],
+        }))
+    }
+}

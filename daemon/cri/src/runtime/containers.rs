@@ -1,0 +1,355 @@
+//! Making and starting containers.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use lighter_engine::runtime::{CreateTask, Stdio};
+use lighter_proto::runtime::v1::{
+    ContainerConfig, ContainerEventType, ContainerState, ContainerUser, LinuxContainerUser,
+    NamespaceMode, Signal,
+};
+use lighter_snapshotter::mount::{Access, TempMount};
+use lighter_store::Labels;
+use nix::sys::signal::Signal as Native;
+
+use super::records::{CONTAINER, New};
+use super::{new_id, task_runtime};
+use crate::error::{Error, Result, io};
+use crate::image::Image;
+use crate::plugin::Plugin;
+use crate::spec::user::{self, User};
+use crate::spec::{self, container};
+use crate::store::{Container, ContainerStatus, NewContainer, Pod};
+
+/// Exit code of a container that could not be started.
+const START_FAILED: i32 = 128;
+
+/// The number of `SIGTERM`, `TERM` or `15`.
+fn signal_number(text: &str) -> Option<u32> {
+    let text = text.trim().to_ascii_uppercase();
+    if let Ok(number) = text.parse::<u32>() {
+        return (1..=64).contains(&number).then_some(number);
+    }
+    let name = if text.starts_with("SIG") { text } else { format!("SIG{text}") };
+    let real_time = |base: &str, first: u32| {
+        let offset = name.strip_prefix(base)?;
+        if offset.is_empty() { Some(first) } else { offset.parse::<i32>().ok().and_then(|o| first.checked_add_signed(o)) }
+    };
+    match name.as_str() {
+        "SIGPOLL" => Some(29),
+        "SIGCLD" => Some(17),
+        other => match other.parse::<Native>() {
+            Ok(signal) => u32::try_from(signal as i32).ok(),
+            Err(_) => real_time("SIGRTMIN", 34).or_else(|| real_time("SIGRTMAX", 64)),
+        },
+    }
+}
+
+/// The signal that ends a container: asked for, else the image's, else SIGTERM.
+fn stop_signal(config: &ContainerConfig, image: &str) -> Result<u32> {
+    let asked = Signal::try_from(config.stop_signal)
+        .map_err(|_| Error::invalid(format!("unknown stop signal {}", config.stop_signal)))?;
+    let name = match asked {
+        Signal::RuntimeDefault if image.is_empty() => "SIGTERM".to_owned(),
+        Signal::RuntimeDefault => image.to_owned(),
+        other => other.as_str_name().replace("PLUS", "+").replace("MINUS", "-"),
+    };
+    signal_number(&name).ok_or_else(|| Error::invalid(format!("unknown stop signal {name:?}")))
+}
+
+impl Plugin {
+    /// Makes a container in a pod that is ready; its id.
+    pub(super) async fn create_container(
+        self: &Arc<Self>,
+        pod_id: &str,
+        config: ContainerConfig,
+    ) -> Result<String> {
+        let pod = self.store.pod(pod_id)?;
+        if !pod.is_ready() {
+            return Err(Error::unknown(format!("sandbox container {:?} is not running", pod.id)));
+        }
+        let metadata = config
+            .metadata
+            .clone()
+            .ok_or_else(|| Error::invalid("container config must include metadata"))?;
+        let owner = pod.config.metadata.clone().unwrap_or_default();
+        let name = format!(
+            "{}_{}_{}_{}_{}",
+            metadata.name, owner.name, owner.namespace, owner.uid, metadata.attempt
+        );
+        let id = new_id();
+        let reservation = self.store.reserve("container", &name, &id)?;
+        let wanted = config.image.as_ref().map(|i| i.image.clone()).unwrap_or_default();
+        let image = self
+            .images
+            .find(&wanted)
+            .ok_or_else(|| Error::not_found(format!("failed to resolve image {wanted:?}: not found")))?;
+        let snapshotter = self.snapshotter_of(&pod.handler);
+        let made = self.build_container(&pod, &id, &name, config, &image, &snapshotter).await;
+        match made {
+            Ok(container) => {
+                self.save_status(&container).await;
+                self.store.add_container(container);
+                reservation.keep();
+                self.announce(&id, &pod.id, ContainerEventType::ContainerCreatedEvent);
+                Ok(id)
+            }
+            Err(error) => {
+                for undone in [
+                    self.delete_record(&id).await,
+                    self.delete_snapshot(&snapshotter, &id).await,
+                    super::files::remove_dir(&self.container_root(&id)).await,
+                ] {
+                    if let Err(failure) = undone {
+                        tracing::warn!(container = %id, error = %failure, "container not undone");
+                    }
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn build_container(
+        &self,
+        pod: &Arc<Pod>,
+        id: &str,
+        name: &str,
+        config: ContainerConfig,
+        image: &Image,
+        snapshotter: &str,
+    ) -> Result<Arc<Container>> {
+        let dir = self.container_root(id);
+        tokio::fs::create_dir_all(&dir).await.map_err(io("create", &dir))?;
+        let scope = self.scope.with_lease(&pod.id);
+        let snapshots = self.db.snapshots(snapshotter)?;
+        let parent = image.chain_id.as_deref();
+        let rootfs = snapshots.prepare(&scope, id, parent, Labels::new()).await?;
+        let user = self.user_of(&config, image, rootfs).await?;
+        let handler = self.handler(&pod.handler)?;
+        let image_name = image.first_name();
+        let spec = container::spec(&container::Input {
+            id,
+            pod_id: &pod.id,
+            pod: &pod.config,
+            pause_pid: pod.state().pid,
+            hostname: &Self::hostname(&pod.config),
+            config: &config,
+            image: &image.process,
+            image_name: &image_name,
+            files: &self.pod_files(&pod.id, &pod.config),
+            runtime: &self.config.runtime,
+            handler,
+            user: &user,
+            machine: self.machine,
+            target_pid: self.target_pid(pod, &config)?,
+            volumes: Vec::new(),
+            recursive_readonly: true,
+            base: spec::base(),
+        })?;
+        let directory = Path::new(&pod.config.log_directory);
+        let logged = !config.log_path.is_empty() && !pod.config.log_directory.is_empty();
+        let resources = config.linux.as_ref().and_then(|l| l.resources.clone());
+        let made = Arc::new(Container::new(
+            NewContainer {
+                id: id.to_owned(),
+                name: name.to_owned(),
+                pod_id: pod.id.clone(),
+                image_id: image.id.clone(),
+                log_path: logged.then(|| directory.join(&config.log_path)),
+                stop_signal: stop_signal(&config, &image.process.stop_signal)?,
+                snapshotter: snapshotter.to_owned(),
+                user: encode_user(&user),
+                config,
+            },
+            ContainerStatus::created(resources),
+        ));
+        self.record(New {
+            id,
+            kind: "container",
+            labels: &made.config.labels,
+            image: image_name,
+            handler,
+            spec: &spec,
+            snapshotter: snapshotter.to_owned(),
+            extension: CONTAINER,
+            metadata: self.container_metadata(&made)?,
+            pod_id: &pod.id,
+        })
+        .await?;
+        Ok(made)
+    }
+
+    /// Who the container runs as, by the tables of its root filesystem.
+    async fn user_of(
+        &self,
+        config: &ContainerConfig,
+        image: &Image,
+        rootfs: Vec<lighter_snapshotter::Mount>,
+    ) -> Result<User> {
+        let security = config.linux.as_ref().and_then(|l| l.security_context.clone());
+        let security = security.unwrap_or_default();
+        let text = user::wanted(&security, &image.process.user)?;
+        let below = self.state.clone();
+        let resolved = tokio::task::spawn_blocking(move || {
+            let failed =
+                |e: lighter_snapshotter::mount::Error| Error::unknown(lighter_proto::errdefs::render(&e));
+            let root = TempMount::new(&below, &rootfs, Access::ReadOnly).map_err(failed)?;
+            user::resolve(root.path(), &text, &security)
+        });
+        resolved.await.map_err(|e| Error::unknown(e.to_string()))?
+    }
+
+    /// Pid of the container whose pid namespace is joined.
+    fn target_pid(&self, pod: &Pod, config: &ContainerConfig) -> Result<Option<u32>> {
+        let options = config
+            .linux
+            .as_ref()
+            .and_then(|l| l.security_context.as_ref())
+            .and_then(|s| s.namespace_options.as_ref());
+        let Some(options) = options.filter(|o| o.pid() == NamespaceMode::Target) else {
+            return Ok(None);
+        };
+        let target = self.store.container(&options.target_id)?;
+        let status = target.status();
+        if target.pod_id != pod.id || status.state != ContainerState::ContainerRunning {
+            return Err(Error::unknown(format!(
+                "invalid target container {:?}: not running in the same sandbox",
+                target.id
+            )));
+        }
+        Ok(Some(status.pid))
+    }
+
+    /// Starts a container that was made and not started.
+    pub(super) async fn start_container(self: &Arc<Self>, container: &Arc<Container>) -> Result<()> {
+        let _busy = container.busy.lock().await;
+        let mut refused = None;
+        container.update(|s| {
+            if s.state != ContainerState::ContainerCreated {
+                refused = Some(format!("container is in {} state", s.state.as_str_name()));
+            } else if s.removing {
+                refused = Some("container is in removing state, can't be started".to_owned());
+            } else {
+                s.starting = true;
+            }
+        });
+        if let Some(reason) = refused {
+            let message = format!("failed to set starting state for container {:?}: {reason}", container.id);
+            return Err(Error::unknown(message));
+        }
+        match self.launch(container).await {
+            Ok(()) => {
+                self.save_status(container).await;
+                let kind = ContainerEventType::ContainerStartedEvent;
+                self.announce(&container.id, &container.pod_id, kind);
+                Ok(())
+            }
+            Err(error) => {
+                if let Err(failure) = self.kill_task(&container.id).await {
+                    tracing::warn!(container = %container.id, error = %failure, "task not undone");
+                }
+                container.update(|s| {
+                    s.starting = false;
+                    s.state = ContainerState::ContainerExited;
+                    s.exit_code = START_FAILED;
+                    s.reason = "StartError".to_owned();
+                    s.message = error.to_string();
+                    s.finished_at = Some(SystemTime::now());
+                });
+                self.save_status(container).await;
+                Err(error.context("failed to start container"))
+            }
+        }
+    }
+
+    async fn launch(self: &Arc<Self>, container: &Arc<Container>) -> Result<()> {
+        let pod = self.store.pod(&container.pod_id)?;
+        if !pod.is_ready() {
+            return Err(Error::unknown(format!("sandbox container {:?} is not running", pod.id)));
+        }
+        let record = self.db.containers().get(&self.scope, &container.id)?;
+        let snapshots = self.db.snapshots(&container.snapshotter)?;
+        let rootfs = snapshots.mounts(&self.scope, &container.id).await?;
+        let task = CreateTask {
+            rootfs,
+            runtime: task_runtime(self.handler(&pod.handler)?),
+            stdio: self.stdio(container).await?,
+            ..CreateTask::of(&record)
+        };
+        let created = self.tasks.create(&self.scope, task).await;
+        let handle = created.map_err(|e| Error::from(e).context("failed to create containerd task"))?;
+        let started = handle.start("").await;
+        let pid = started.map_err(|e| Error::from(e).context("failed to start containerd task"))?;
+        container.update(|s| {
+            s.starting = false;
+            s.state = ContainerState::ContainerRunning;
+            s.pid = pid;
+            s.started_at = Some(SystemTime::now());
+        });
+        self.watch_container(Arc::clone(container), handle);
+        Ok(())
+    }
+
+    /// The log that the shim writes.
+    async fn stdio(&self, container: &Container) -> Result<Stdio> {
+        let Some(path) = &container.log_path else {
+            return Ok(Stdio { terminal: container.config.tty, ..Stdio::default() });
+        };
+        if let Some(dir) = path.parent() {
+            tokio::fs::create_dir_all(dir).await.map_err(io("create", dir))?;
+        }
+        let most = self.config.runtime.max_container_log_line_size;
+        let uri = format!("cri-log://{}?max={most}", escape(path));
+        let tty = container.config.tty;
+        Ok(Stdio {
+            stdin: String::new(),
+            stderr: if tty { String::new() } else { uri.clone() },
+            stdout: uri,
+            terminal: tty,
+        })
+    }
+}
+
+/// A path in a URI: everything but the plainest characters as `%XX`.
+fn escape(path: &PathBuf) -> String {
+    let mut text = String::new();
+    for byte in path.as_os_str().as_encoded_bytes() {
+        if byte.is_ascii_alphanumeric() || b"/-_.~".contains(byte) {
+            text.push(char::from(*byte));
+        } else {
+            text.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    text
+}
+
+fn encode_user(user: &User) -> ContainerUser {
+    ContainerUser {
+        linux: Some(LinuxContainerUser {
+            uid: user.uid.into(),
+            gid: user.gid.into(),
+            supplemental_groups: user.additional_gids.iter().map(|g| i64::from(*g)).collect(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_have_names_and_numbers() {
+        assert_eq!(signal_number("SIGTERM"), Some(15));
+        assert_eq!(signal_number("usr1"), Some(10));
+        assert_eq!(signal_number("SIGRTMIN+3"), Some(37));
+        assert_eq!(signal_number("SIGRTMAX-1"), Some(63));
+        assert_eq!(signal_number("9"), Some(9));
+        assert_eq!(signal_number("SIGNONE"), None);
+    }
+
+    #[test]
+    fn a_log_path_is_escaped() {
+        assert_eq!(escape(&PathBuf::from("/a b?c")), "/a%20b%3Fc");
+    }
+}

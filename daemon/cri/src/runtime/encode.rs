@@ -1,0 +1,141 @@
+//! Pods and containers as the kubelet reads them; lists and their filters.
+
+use std::collections::HashMap;
+
+use lighter_proto::runtime::v1 as api;
+use lighter_proto::time;
+
+use crate::plugin::Plugin;
+use crate::store::{Container, Pod};
+
+fn selected(labels: &HashMap<String, String>, selector: &HashMap<String, String>) -> bool {
+    selector.iter().all(|(k, v)| labels.get(k) == Some(v))
+}
+
+impl Plugin {
+    /// A pod's status.
+    pub(super) fn pod_status_of(&self, pod: &Pod) -> api::PodSandboxStatus {
+        let state = pod.state();
+        let closed = pod.netns.as_ref().is_none_or(|n| crate::netns::is_closed(n));
+        let network = if closed {
+            api::PodSandboxNetworkStatus::default()
+        } else {
+            let others = state.additional_ips.into_iter().map(|ip| api::PodIp { ip });
+            api::PodSandboxNetworkStatus { ip: state.ip, additional_ips: others.collect() }
+        };
+        let options = pod
+            .config
+            .linux
+            .as_ref()
+            .and_then(|l| l.security_context.as_ref())
+            .and_then(|s| s.namespace_options.clone());
+        api::PodSandboxStatus {
+            id: pod.id.clone(),
+            metadata: pod.config.metadata.clone(),
+            state: state.state.into(),
+            created_at: time::to_nanos(state.created_at),
+            network: Some(network),
+            linux: Some(api::LinuxPodSandboxStatus { namespaces: Some(api::Namespace { options }) }),
+            labels: pod.config.labels.clone(),
+            annotations: pod.config.annotations.clone(),
+            runtime_handler: pod.handler.clone(),
+        }
+    }
+
+    /// Pods that match.
+    pub(super) fn pods(&self, filter: Option<api::PodSandboxFilter>) -> Vec<api::PodSandbox> {
+        let filter = filter.unwrap_or_default();
+        let pods = self.store.pods();
+        let encoded = pods.iter().map(|pod| {
+            let state = pod.state();
+            api::PodSandbox {
+                id: pod.id.clone(),
+                metadata: pod.config.metadata.clone(),
+                state: state.state.into(),
+                created_at: time::to_nanos(state.created_at),
+                labels: pod.config.labels.clone(),
+                annotations: pod.config.annotations.clone(),
+                runtime_handler: pod.handler.clone(),
+            }
+        });
+        encoded
+            .filter(|p| p.id.starts_with(&filter.id))
+            .filter(|p| filter.state.is_none_or(|s| s.state == p.state))
+            .filter(|p| selected(&p.labels, &filter.label_selector))
+            .collect()
+    }
+
+    fn image_of(&self, container: &Container) -> (String, String) {
+        match self.images.find(&container.image_id) {
+            Some(image) => {
+                let reference = image.digests().first().cloned().unwrap_or_else(|| image.id.clone());
+                (image.first_name(), reference)
+            }
+            None => {
+                let asked = container.config.image.as_ref().map(|i| i.image.clone());
+                (asked.unwrap_or_default(), container.image_id.clone())
+            }
+        }
+    }
+
+    /// A container's status.
+    pub(super) fn status_of(&self, container: &Container) -> api::ContainerStatus {
+        let status = container.status();
+        let (image, image_ref) = self.image_of(container);
+        let nanos = |at: Option<std::time::SystemTime>| at.map_or(0, time::to_nanos);
+        let config = &container.config;
+        let log_path = container.log_path.as_ref().map(|p| p.display().to_string());
+        api::ContainerStatus {
+            id: container.id.clone(),
+            metadata: config.metadata.clone(),
+            state: status.state.into(),
+            created_at: time::to_nanos(status.created_at),
+            started_at: nanos(status.started_at),
+            finished_at: nanos(status.finished_at),
+            exit_code: status.exit_code,
+            image: Some(api::ImageSpec { image, ..Default::default() }),
+            image_ref,
+            reason: status.reason,
+            message: status.message,
+            labels: config.labels.clone(),
+            annotations: config.annotations.clone(),
+            mounts: config.mounts.clone(),
+            log_path: log_path.unwrap_or_default(),
+            resources: status
+                .resources
+                .map(|linux| api::ContainerResources { linux: Some(linux), windows: None }),
+            image_id: container.image_id.clone(),
+            user: Some(container.user.clone()),
+            stop_signal: config.stop_signal,
+        }
+    }
+
+    /// Containers that match.
+    pub(super) fn containers(&self, filter: Option<api::ContainerFilter>) -> Vec<api::Container> {
+        let filter = filter.unwrap_or_default();
+        let containers = self.store.containers();
+        let encoded = containers.iter().map(|container| {
+            let status = container.status();
+            let config = &container.config;
+            let (_, image_ref) = self.image_of(container);
+            api::Container {
+                id: container.id.clone(),
+                pod_sandbox_id: container.pod_id.clone(),
+                metadata: config.metadata.clone(),
+                image: config.image.clone(),
+                image_ref,
+                state: status.state.into(),
+                created_at: time::to_nanos(status.created_at),
+                labels: config.labels.clone(),
+                annotations: config.annotations.clone(),
+                image_id: container.image_id.clone(),
+            }
+        });
+        encoded
+            .filter(|c| c.id.starts_with(&filter.id))
+            .filter(|c| c.pod_sandbox_id.starts_with(&filter.pod_sandbox_id))
+            .filter(|c| filter.state.is_none_or(|s| s.state == c.state))
+            .filter(|c| selected(&c.labels, &filter.label_selector))
+            .collect()
+    }
+}
