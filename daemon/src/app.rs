@@ -200,7 +200,11 @@ impl App {
                 stop: stop.clone(),
                 version: crate::VERSION.to_owned(),
             };
-            Some(lighter_cri::plugin::Plugin::build(parts).await.context("start CRI")?)
+            Some(
+                lighter_cri::plugin::Plugin::build(parts)
+                    .await
+                    .context("start CRI")?,
+            )
         };
         let engines = Engines {
             cri,

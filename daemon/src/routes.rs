@@ -139,7 +139,10 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
         .add_service(limited!(TransferServer, TransferService::new(transfer)));
     if let Some(cri) = cri {
         routes = routes
-            .add_service(limited!(RuntimeServiceServer, RuntimeEdge(Arc::clone(&cri))))
+            .add_service(limited!(
+                RuntimeServiceServer,
+                RuntimeEdge(Arc::clone(&cri))
+            ))
             .add_service(limited!(ImageServiceServer, ImageEdge(cri)));
     }
     routes

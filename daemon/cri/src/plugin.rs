@@ -91,7 +91,9 @@ impl Plugin {
         let root = parts.root.join(DIRECTORY);
         let state = parts.state.join(DIRECTORY);
         for dir in [&root, &state] {
-            tokio::fs::create_dir_all(dir).await.map_err(crate::error::io("create", dir))?;
+            tokio::fs::create_dir_all(dir)
+                .await
+                .map_err(crate::error::io("create", dir))?;
         }
         let images = Images::new(
             parts.db.clone(),
@@ -105,7 +107,9 @@ impl Plugin {
             bin_dirs: settings.bin_dirs.iter().map(PathBuf::from).collect(),
             max_conf_num: usize::try_from(settings.max_conf_num).unwrap_or(usize::MAX),
             setup_serially: settings.setup_serially,
-            conf_template: Some(&settings.conf_template).filter(|t| !t.is_empty()).map(PathBuf::from),
+            conf_template: Some(&settings.conf_template)
+                .filter(|t| !t.is_empty())
+                .map(PathBuf::from),
             ..cni::Config::with_root(&root)
         })
         .await;
@@ -149,7 +153,8 @@ impl Plugin {
         let server = streaming::Server::bind(&config, backend)
             .await
             .map_err(|e| Error::unknown(format!("streaming server: {e}")))?;
-        self.tracker.spawn(Arc::clone(&server).serve(self.stop.clone()));
+        self.tracker
+            .spawn(Arc::clone(&server).serve(self.stop.clone()));
         // Set once: `build` alone calls this.
         let _ = self.streaming.set(server);
         Ok(())
@@ -157,11 +162,14 @@ impl Plugin {
 
     fn background(self: &Arc<Self>) {
         let (images, stop) = (Arc::clone(&self.images), self.stop.clone());
-        self.tracker.spawn(async move { stop.run_until_cancelled(images.follow()).await });
+        self.tracker
+            .spawn(async move { stop.run_until_cancelled(images.follow()).await });
         let (this, stop) = (Arc::clone(self), self.stop.clone());
-        self.tracker.spawn(async move { stop.run_until_cancelled(this.cni.watch()).await });
+        self.tracker
+            .spawn(async move { stop.run_until_cancelled(this.cni.watch()).await });
         let (this, stop) = (Arc::clone(self), self.stop.clone());
-        self.tracker.spawn(async move { stop.run_until_cancelled(this.follow_oom()).await });
+        self.tracker
+            .spawn(async move { stop.run_until_cancelled(this.follow_oom()).await });
     }
 
     /// The runtime handler of a name; empty for the default.
@@ -170,7 +178,11 @@ impl Plugin {
     /// For a handler that is not configured.
     pub(crate) fn handler(&self, name: &str) -> Result<&config::Handler> {
         let runtimes = &self.config.runtime.containerd;
-        let name = if name.is_empty() { &runtimes.default_runtime_name } else { name };
+        let name = if name.is_empty() {
+            &runtimes.default_runtime_name
+        } else {
+            name
+        };
         runtimes
             .runtimes
             .get(name)
@@ -214,7 +226,9 @@ impl Plugin {
 
     /// The streaming server.
     pub(crate) fn streaming(&self) -> Result<&Arc<streaming::Server>> {
-        self.streaming.get().ok_or_else(|| Error::unknown("server is not initialized yet"))
+        self.streaming
+            .get()
+            .ok_or_else(|| Error::unknown("server is not initialized yet"))
     }
 }
 

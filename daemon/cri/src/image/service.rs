@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use futures::stream::{self, BoxStream, StreamExt as _};
 use lighter_proto::errdefs::into_status;
-use lighter_proto::runtime::v1::image_service_server::ImageService;
 use lighter_proto::runtime::v1 as api;
+use lighter_proto::runtime::v1::image_service_server::ImageService;
 use lighter_proto::time;
 use tonic::{Request, Response, Status};
 
@@ -33,14 +33,20 @@ fn encode(image: &Image) -> api::Image {
         size: image.size_bytes,
         uid,
         username,
-        spec: Some(api::ImageSpec { image: image.id.clone(), ..Default::default() }),
+        spec: Some(api::ImageSpec {
+            image: image.id.clone(),
+            ..Default::default()
+        }),
         pinned: image.pinned,
     }
 }
 
 impl ImageEdge {
     fn listed(&self, filter: Option<api::ImageFilter>) -> Vec<api::Image> {
-        let wanted = filter.and_then(|f| f.image).map(|s| s.image).filter(|i| !i.is_empty());
+        let wanted = filter
+            .and_then(|f| f.image)
+            .map(|s| s.image)
+            .filter(|i| !i.is_empty());
         let images = &self.0.images;
         match wanted {
             Some(name) => images.find(&name).iter().map(encode).collect(),
@@ -51,7 +57,9 @@ impl ImageEdge {
     fn spec_name(spec: Option<api::ImageSpec>) -> Result<String, Status> {
         match spec.map(|s| s.image).filter(|name| !name.is_empty()) {
             Some(name) => Ok(name),
-            None => Err(Status::invalid_argument("image name is required: invalid argument")),
+            None => Err(Status::invalid_argument(
+                "image name is required: invalid argument",
+            )),
         }
     }
 }
@@ -75,7 +83,11 @@ impl ImageService for ImageEdge {
         let images = self.listed(request.into_inner().filter);
         let batches: Vec<_> = images
             .chunks(BATCH)
-            .map(|batch| Ok(api::StreamImagesResponse { images: batch.to_vec() }))
+            .map(|batch| {
+                Ok(api::StreamImagesResponse {
+                    images: batch.to_vec(),
+                })
+            })
             .collect();
         Ok(Response::new(stream::iter(batches).boxed()))
     }
@@ -92,7 +104,10 @@ impl ImageService for ImageEdge {
             let detail = serde_json::json!({ "chainID": image.chain_id, "imageSpec": { "config": image.process } });
             info.insert("info".to_owned(), detail.to_string());
         }
-        Ok(Response::new(api::ImageStatusResponse { image: found.as_ref().map(encode), info }))
+        Ok(Response::new(api::ImageStatusResponse {
+            image: found.as_ref().map(encode),
+            info,
+        }))
     }
 
     async fn pull_image(
@@ -100,13 +115,20 @@ impl ImageService for ImageEdge {
         request: Request<api::PullImageRequest>,
     ) -> Result<Response<api::PullImageResponse>, Status> {
         let request = request.into_inner();
-        let handler = request.image.as_ref().map(|s| s.runtime_handler.clone()).unwrap_or_default();
+        let handler = request
+            .image
+            .as_ref()
+            .map(|s| s.runtime_handler.clone())
+            .unwrap_or_default();
         let name = Self::spec_name(request.image)?;
         let plugin = Arc::clone(&self.0);
         let snapshotter = plugin.snapshotter_of(&handler);
         // A kubelet that hangs up must not leave half a pull to be repeated from the start.
         let pull = plugin.tracker.clone().spawn(async move {
-            plugin.images.pull(&name, request.auth.as_ref(), &snapshotter).await
+            plugin
+                .images
+                .pull(&name, request.auth.as_ref(), &snapshotter)
+                .await
         });
         let pulled = pull.await.map_err(|e| Status::internal(e.to_string()))?;
         let image_ref = pulled.map_err(into_status)?;
@@ -129,13 +151,18 @@ impl ImageService for ImageEdge {
     ) -> Result<Response<api::ImageFsInfoResponse>, Status> {
         let limit = Duration::from_secs(30);
         let usage = tokio::time::timeout(limit, self.0.image_filesystem()).await;
-        let usage = usage.map_err(|_| Status::deadline_exceeded("measuring the image filesystem"))?;
+        let usage =
+            usage.map_err(|_| Status::deadline_exceeded("measuring the image filesystem"))?;
         let (mountpoint, usage) = usage.map_err(into_status)?;
         let filesystem = api::FilesystemUsage {
             timestamp: time::to_nanos(std::time::SystemTime::now()),
             fs_id: Some(api::FilesystemIdentifier { mountpoint }),
-            used_bytes: Some(api::UInt64Value { value: usage.size_bytes }),
-            inodes_used: Some(api::UInt64Value { value: usage.inodes }),
+            used_bytes: Some(api::UInt64Value {
+                value: usage.size_bytes,
+            }),
+            inodes_used: Some(api::UInt64Value {
+                value: usage.inodes,
+            }),
         };
         Ok(Response::new(api::ImageFsInfoResponse {
             image_filesystems: vec![filesystem.clone()],

@@ -31,10 +31,21 @@ fn signal_number(text: &str) -> Option<u32> {
     if let Ok(number) = text.parse::<u32>() {
         return (1..=64).contains(&number).then_some(number);
     }
-    let name = if text.starts_with("SIG") { text } else { format!("SIG{text}") };
+    let name = if text.starts_with("SIG") {
+        text
+    } else {
+        format!("SIG{text}")
+    };
     let real_time = |base: &str, first: u32| {
         let offset = name.strip_prefix(base)?;
-        if offset.is_empty() { Some(first) } else { offset.parse::<i32>().ok().and_then(|o| first.checked_add_signed(o)) }
+        if offset.is_empty() {
+            Some(first)
+        } else {
+            offset
+                .parse::<i32>()
+                .ok()
+                .and_then(|o| first.checked_add_signed(o))
+        }
     };
     match name.as_str() {
         "SIGPOLL" => Some(29),
@@ -53,7 +64,10 @@ fn stop_signal(config: &ContainerConfig, image: &str) -> Result<u32> {
     let name = match asked {
         Signal::RuntimeDefault if image.is_empty() => "SIGTERM".to_owned(),
         Signal::RuntimeDefault => image.to_owned(),
-        other => other.as_str_name().replace("PLUS", "+").replace("MINUS", "-"),
+        other => other
+            .as_str_name()
+            .replace("PLUS", "+")
+            .replace("MINUS", "-"),
     };
     signal_number(&name).ok_or_else(|| Error::invalid(format!("unknown stop signal {name:?}")))
 }
@@ -67,7 +81,10 @@ impl Plugin {
     ) -> Result<String> {
         let pod = self.store.pod(pod_id)?;
         if !pod.is_ready() {
-            return Err(Error::unknown(format!("sandbox container {:?} is not running", pod.id)));
+            return Err(Error::unknown(format!(
+                "sandbox container {:?} is not running",
+                pod.id
+            )));
         }
         let metadata = config
             .metadata
@@ -80,13 +97,18 @@ impl Plugin {
         );
         let id = new_id();
         let reservation = self.store.reserve("container", &name, &id)?;
-        let wanted = config.image.as_ref().map(|i| i.image.clone()).unwrap_or_default();
-        let image = self
-            .images
-            .find(&wanted)
-            .ok_or_else(|| Error::not_found(format!("failed to resolve image {wanted:?}: not found")))?;
+        let wanted = config
+            .image
+            .as_ref()
+            .map(|i| i.image.clone())
+            .unwrap_or_default();
+        let image = self.images.find(&wanted).ok_or_else(|| {
+            Error::not_found(format!("failed to resolve image {wanted:?}: not found"))
+        })?;
         let snapshotter = self.snapshotter_of(&pod.handler);
-        let made = self.build_container(&pod, &id, &name, config, &image, &snapshotter).await;
+        let made = self
+            .build_container(&pod, &id, &name, config, &image, &snapshotter)
+            .await;
         match made {
             Ok(container) => {
                 self.save_status(&container).await;
@@ -120,7 +142,9 @@ impl Plugin {
         snapshotter: &str,
     ) -> Result<Arc<Container>> {
         let dir = self.container_root(id);
-        tokio::fs::create_dir_all(&dir).await.map_err(io("create", &dir))?;
+        tokio::fs::create_dir_all(&dir)
+            .await
+            .map_err(io("create", &dir))?;
         let scope = self.scope.with_lease(&pod.id);
         let snapshots = self.db.snapshots(snapshotter)?;
         let parent = image.chain_id.as_deref();
@@ -187,13 +211,17 @@ impl Plugin {
         image: &Image,
         rootfs: Vec<lighter_snapshotter::Mount>,
     ) -> Result<User> {
-        let security = config.linux.as_ref().and_then(|l| l.security_context.clone());
+        let security = config
+            .linux
+            .as_ref()
+            .and_then(|l| l.security_context.clone());
         let security = security.unwrap_or_default();
         let text = user::wanted(&security, &image.process.user)?;
         let below = self.state.clone();
         let resolved = tokio::task::spawn_blocking(move || {
-            let failed =
-                |e: lighter_snapshotter::mount::Error| Error::unknown(lighter_proto::errdefs::render(&e));
+            let failed = |e: lighter_snapshotter::mount::Error| {
+                Error::unknown(lighter_proto::errdefs::render(&e))
+            };
             let root = TempMount::new(&below, &rootfs, Access::ReadOnly).map_err(failed)?;
             user::resolve(root.path(), &text, &security)
         });
@@ -222,7 +250,10 @@ impl Plugin {
     }
 
     /// Starts a container that was made and not started.
-    pub(super) async fn start_container(self: &Arc<Self>, container: &Arc<Container>) -> Result<()> {
+    pub(super) async fn start_container(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+    ) -> Result<()> {
         let _busy = container.busy.lock().await;
         let mut refused = None;
         container.update(|s| {
@@ -235,7 +266,10 @@ impl Plugin {
             }
         });
         if let Some(reason) = refused {
-            let message = format!("failed to set starting state for container {:?}: {reason}", container.id);
+            let message = format!(
+                "failed to set starting state for container {:?}: {reason}",
+                container.id
+            );
             return Err(Error::unknown(message));
         }
         match self.launch(container).await {
@@ -266,7 +300,10 @@ impl Plugin {
     async fn launch(self: &Arc<Self>, container: &Arc<Container>) -> Result<()> {
         let pod = self.store.pod(&container.pod_id)?;
         if !pod.is_ready() {
-            return Err(Error::unknown(format!("sandbox container {:?} is not running", pod.id)));
+            return Err(Error::unknown(format!(
+                "sandbox container {:?} is not running",
+                pod.id
+            )));
         }
         let record = self.db.containers().get(&self.scope, &container.id)?;
         let snapshots = self.db.snapshots(&container.snapshotter)?;
@@ -278,7 +315,8 @@ impl Plugin {
             ..CreateTask::of(&record)
         };
         let created = self.tasks.create(&self.scope, task).await;
-        let handle = created.map_err(|e| Error::from(e).context("failed to create containerd task"))?;
+        let handle =
+            created.map_err(|e| Error::from(e).context("failed to create containerd task"))?;
         let started = handle.start("").await;
         let pid = started.map_err(|e| Error::from(e).context("failed to start containerd task"))?;
         container.update(|s| {
@@ -294,10 +332,15 @@ impl Plugin {
     /// The log that the shim writes.
     async fn stdio(&self, container: &Container) -> Result<Stdio> {
         let Some(path) = &container.log_path else {
-            return Ok(Stdio { terminal: container.config.tty, ..Stdio::default() });
+            return Ok(Stdio {
+                terminal: container.config.tty,
+                ..Stdio::default()
+            });
         };
         if let Some(dir) = path.parent() {
-            tokio::fs::create_dir_all(dir).await.map_err(io("create", dir))?;
+            tokio::fs::create_dir_all(dir)
+                .await
+                .map_err(io("create", dir))?;
         }
         let most = self.config.runtime.max_container_log_line_size;
         let uri = format!("cri-log://{}?max={most}", escape(path));

@@ -16,12 +16,18 @@ impl Plugin {
     /// A pod's status.
     pub(super) fn pod_status_of(&self, pod: &Pod) -> api::PodSandboxStatus {
         let state = pod.state();
-        let closed = pod.netns.as_ref().is_none_or(|n| crate::netns::is_closed(n));
+        let closed = pod
+            .netns
+            .as_ref()
+            .is_none_or(|n| crate::netns::is_closed(n));
         let network = if closed {
             api::PodSandboxNetworkStatus::default()
         } else {
             let others = state.additional_ips.into_iter().map(|ip| api::PodIp { ip });
-            api::PodSandboxNetworkStatus { ip: state.ip, additional_ips: others.collect() }
+            api::PodSandboxNetworkStatus {
+                ip: state.ip,
+                additional_ips: others.collect(),
+            }
         };
         let options = pod
             .config
@@ -35,7 +41,9 @@ impl Plugin {
             state: state.state.into(),
             created_at: time::to_nanos(state.created_at),
             network: Some(network),
-            linux: Some(api::LinuxPodSandboxStatus { namespaces: Some(api::Namespace { options }) }),
+            linux: Some(api::LinuxPodSandboxStatus {
+                namespaces: Some(api::Namespace { options }),
+            }),
             labels: pod.config.labels.clone(),
             annotations: pod.config.annotations.clone(),
             runtime_handler: pod.handler.clone(),
@@ -68,7 +76,11 @@ impl Plugin {
     fn image_of(&self, container: &Container) -> (String, String) {
         match self.images.find(&container.image_id) {
             Some(image) => {
-                let reference = image.digests().first().cloned().unwrap_or_else(|| image.id.clone());
+                let reference = image
+                    .digests()
+                    .first()
+                    .cloned()
+                    .unwrap_or_else(|| image.id.clone());
                 (image.first_name(), reference)
             }
             None => {
@@ -93,7 +105,10 @@ impl Plugin {
             started_at: nanos(status.started_at),
             finished_at: nanos(status.finished_at),
             exit_code: status.exit_code,
-            image: Some(api::ImageSpec { image, ..Default::default() }),
+            image: Some(api::ImageSpec {
+                image,
+                ..Default::default()
+            }),
             image_ref,
             reason: status.reason,
             message: status.message,
@@ -101,9 +116,10 @@ impl Plugin {
             annotations: config.annotations.clone(),
             mounts: config.mounts.clone(),
             log_path: log_path.unwrap_or_default(),
-            resources: status
-                .resources
-                .map(|linux| api::ContainerResources { linux: Some(linux), windows: None }),
+            resources: status.resources.map(|linux| api::ContainerResources {
+                linux: Some(linux),
+                windows: None,
+            }),
             image_id: container.image_id.clone(),
             user: Some(container.user.clone()),
             stop_signal: config.stop_signal,

@@ -39,7 +39,9 @@ impl Plugin {
     pub(super) fn watch_pod(self: &Arc<Self>, pod: Arc<Pod>, handle: Handle) {
         let (this, stop) = (Arc::clone(self), self.stop.clone());
         self.tracker.spawn(async move {
-            let Some(ended) = stop.run_until_cancelled(handle.wait("")).await else { return };
+            let Some(ended) = stop.run_until_cancelled(handle.wait("")).await else {
+                return;
+            };
             if let Err(error) = ended {
                 tracing::debug!(pod = %pod.id, %error, "pod is gone");
             }
@@ -56,7 +58,9 @@ impl Plugin {
     pub(super) fn watch_container(self: &Arc<Self>, container: Arc<Container>, handle: Handle) {
         let (this, stop) = (Arc::clone(self), self.stop.clone());
         self.tracker.spawn(async move {
-            let Some(ended) = stop.run_until_cancelled(handle.wait("")).await else { return };
+            let Some(ended) = stop.run_until_cancelled(handle.wait("")).await else {
+                return;
+            };
             let (code, at) = match ended {
                 Ok(exit) => (exit.status, exit.at),
                 Err(_) => (UNKNOWN_EXIT, std::time::SystemTime::now()),
@@ -92,12 +96,18 @@ impl Plugin {
     /// Marks containers that ran out of memory, until the exchange ends.
     pub(crate) async fn follow_oom(&self) {
         let filter = format!("namespace=={},topic==/tasks/oom", crate::NAMESPACE);
-        let Ok(filter) = Filter::parse(&[filter]) else { return };
+        let Ok(filter) = Filter::parse(&[filter]) else {
+            return;
+        };
         loop {
             let mut events = self.db.events().subscribe(filter.clone());
             while let Ok(envelope) = events.next().await {
-                let Some(event) = envelope.event.as_ref() else { continue };
-                let Ok(oom) = TaskOom::decode(event.value.as_slice()) else { continue };
+                let Some(event) = envelope.event.as_ref() else {
+                    continue;
+                };
+                let Ok(oom) = TaskOom::decode(event.value.as_slice()) else {
+                    continue;
+                };
                 if let Ok(Some(container)) = self.store.find_container(&oom.container_id) {
                     container.update(|s| {
                         s.oom_killed = true;

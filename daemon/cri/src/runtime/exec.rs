@@ -51,7 +51,9 @@ impl Fifos {
 
     /// Opened for both, so that neither side waits for the other; `close` ends the reading.
     fn reader(path: &Path) -> Result<pipe::Receiver> {
-        pipe::OpenOptions::new().open_receiver(path).map_err(io("open", path))
+        pipe::OpenOptions::new()
+            .open_receiver(path)
+            .map_err(io("open", path))
     }
 }
 
@@ -88,11 +90,17 @@ impl Plugin {
     pub(super) async fn running(&self, container: &Container) -> Result<Handle> {
         let state = container.status().state;
         if state != ContainerState::ContainerRunning {
-            return Err(Error::unknown(format!("container is in {} state", state.as_str_name())));
+            return Err(Error::unknown(format!(
+                "container is in {} state",
+                state.as_str_name()
+            )));
         }
-        self.task(&container.id)
-            .await?
-            .ok_or_else(|| Error::not_found(format!("failed to load task of container {:?}", container.id)))
+        self.task(&container.id).await?.ok_or_else(|| {
+            Error::not_found(format!(
+                "failed to load task of container {:?}",
+                container.id
+            ))
+        })
     }
 
     /// The process of an exec: the container's own with another command.
@@ -102,8 +110,11 @@ impl Plugin {
         let mut process = spec["process"].clone();
         process["args"] = json!(command);
         process["terminal"] = json!(tty);
-        if tty && let Some(env) = process["env"].as_array_mut()
-            && !env.iter().any(|v| v.as_str().is_some_and(|v| v.starts_with("TERM=")))
+        if tty
+            && let Some(env) = process["env"].as_array_mut()
+            && !env
+                .iter()
+                .any(|v| v.as_str().is_some_and(|v| v.starts_with("TERM=")))
         {
             env.push(json!("TERM=xterm"));
         }
@@ -112,8 +123,15 @@ impl Plugin {
 
     fn drain_limit(&self) -> Duration {
         let text = self.config.runtime.drain_exec_sync_io_timeout.trim();
-        let seconds = text.strip_suffix('s').and_then(|s| s.parse::<u64>().ok()).unwrap_or(0);
-        if seconds == 0 { DRAIN_LIMIT } else { Duration::from_secs(seconds) }
+        let seconds = text
+            .strip_suffix('s')
+            .and_then(|s| s.parse::<u64>().ok())
+            .unwrap_or(0);
+        if seconds == 0 {
+            DRAIN_LIMIT
+        } else {
+            Duration::from_secs(seconds)
+        }
     }
 
     /// Runs a command to its end, at most `limit` (zero is for ever).
@@ -151,7 +169,9 @@ impl Plugin {
             if limit.is_zero() {
                 return Some(handle.wait(&exec_id).await);
             }
-            tokio::time::timeout(limit, handle.wait(&exec_id)).await.ok()
+            tokio::time::timeout(limit, handle.wait(&exec_id))
+                .await
+                .ok()
         };
         tokio::pin!(output, ended);
         let mut drained = false;
@@ -168,9 +188,15 @@ impl Plugin {
             let message = format!("timeout {limit:?} exceeded");
             return Err(Error::new(ErrorKind::DeadlineExceeded, message));
         };
-        if !drained && tokio::time::timeout(self.drain_limit(), &mut output).await.is_err() {
+        if !drained
+            && tokio::time::timeout(self.drain_limit(), &mut output)
+                .await
+                .is_err()
+        {
             forget(&handle, &exec_id).await;
-            let message = format!("failed to drain exec process {exec_id:?} io: io is still held by other processes");
+            let message = format!(
+                "failed to drain exec process {exec_id:?} io: io is still held by other processes"
+            );
             return Err(Error::unknown(message));
         }
         forget(&handle, &exec_id).await;
@@ -190,14 +216,21 @@ impl Plugin {
         let container = self.store.container(id)?;
         let handle = self.running(&container).await?;
         let fifos = Fifos::new(&self.state)?;
-        let mut stdio = Stdio { terminal: io.tty, ..Stdio::default() };
+        let mut stdio = Stdio {
+            terminal: io.tty,
+            ..Stdio::default()
+        };
         let mut outputs = tokio::task::JoinSet::new();
         for (name, to) in [("stdout", io.stdout), ("stderr", io.stderr)] {
             let Some(to) = to else { continue };
             let path = fifos.make(name)?;
             outputs.spawn(drain(Fifos::reader(&path)?, to));
             let text = path.display().to_string();
-            if name == "stdout" { stdio.stdout = text } else { stdio.stderr = text }
+            if name == "stdout" {
+                stdio.stdout = text
+            } else {
+                stdio.stderr = text
+            }
         }
         let input = match io.stdin {
             Some(from) => {
@@ -210,7 +243,13 @@ impl Plugin {
         };
         let exec_id = new_id();
         let spec = Some(self.process(&container.id, command, io.tty)?);
-        handle.exec(ExecTask { exec_id: exec_id.clone(), spec, stdio }).await?;
+        handle
+            .exec(ExecTask {
+                exec_id: exec_id.clone(),
+                spec,
+                stdio,
+            })
+            .await?;
         if let Err(error) = handle.start(&exec_id).await {
             forget(&handle, &exec_id).await;
             return Err(error.into());
@@ -274,13 +313,26 @@ impl crate::streaming::Backend for Backend {
         command: &[String],
         io: ExecIo,
     ) -> std::result::Result<ExitStatus, BackendError> {
-        let plugin = self.0.upgrade().ok_or_else(|| refused("the daemon stops"))?;
-        let code = plugin.exec_stream(container_id, command, io).await.map_err(refused)?;
+        let plugin = self
+            .0
+            .upgrade()
+            .ok_or_else(|| refused("the daemon stops"))?;
+        let code = plugin
+            .exec_stream(container_id, command, io)
+            .await
+            .map_err(refused)?;
         Ok(ExitStatus { code })
     }
 
-    async fn attach(&self, container_id: &str, io: ExecIo) -> std::result::Result<(), BackendError> {
-        let plugin = self.0.upgrade().ok_or_else(|| refused("the daemon stops"))?;
+    async fn attach(
+        &self,
+        container_id: &str,
+        io: ExecIo,
+    ) -> std::result::Result<(), BackendError> {
+        let plugin = self
+            .0
+            .upgrade()
+            .ok_or_else(|| refused("the daemon stops"))?;
         plugin.attach(container_id, io).await.map_err(refused)
     }
 
@@ -290,14 +342,24 @@ impl crate::streaming::Backend for Backend {
         port: u16,
         mut stream: BoxDuplex,
     ) -> std::result::Result<(), BackendError> {
-        let plugin = self.0.upgrade().ok_or_else(|| refused("the daemon stops"))?;
+        let plugin = self
+            .0
+            .upgrade()
+            .ok_or_else(|| refused("the daemon stops"))?;
         let pod = plugin.store.pod(sandbox_id).map_err(refused)?;
         if !pod.is_ready() {
-            return Err(refused(format!("sandbox container {:?} is not running", pod.id)));
+            return Err(refused(format!(
+                "sandbox container {:?} is not running",
+                pod.id
+            )));
         }
         let mut peer = match &pod.netns {
-            Some(netns) => netns::connect_localhost(netns, port).await.map_err(refused)?,
-            None => tokio::net::TcpStream::connect(("localhost", port)).await.map_err(refused)?,
+            Some(netns) => netns::connect_localhost(netns, port)
+                .await
+                .map_err(refused)?,
+            None => tokio::net::TcpStream::connect(("localhost", port))
+                .await
+                .map_err(refused)?,
         };
         let copied = tokio::io::copy_bidirectional(&mut stream, &mut peer).await;
         copied.map(|_| ()).map_err(refused)
@@ -311,17 +373,27 @@ impl Plugin {
         let container = self.store.container(id)?;
         let handle = self.running(&container).await?;
         let fifos = Fifos::new(&self.state)?;
-        let mut request = AttachRequest { id: container.id.clone(), ..AttachRequest::default() };
+        let mut request = AttachRequest {
+            id: container.id.clone(),
+            ..AttachRequest::default()
+        };
         let mut outputs = tokio::task::JoinSet::new();
         for (name, to) in [("stdout", io.stdout), ("stderr", io.stderr)] {
             let Some(to) = to else { continue };
             let path = fifos.make(name)?;
             outputs.spawn(drain(Fifos::reader(&path)?, to));
             let text = path.display().to_string();
-            if name == "stdout" { request.stdout = text } else { request.stderr = text }
+            if name == "stdout" {
+                request.stdout = text
+            } else {
+                request.stderr = text
+            }
         }
         let limit = Some(Duration::from_secs(10));
-        handle.connection().log::<_, ()>("Attach", request, limit).await?;
+        handle
+            .connection()
+            .log::<_, ()>("Attach", request, limit)
+            .await?;
         container.ended().await;
         let all = async { while outputs.join_next().await.is_some() {} };
         let _ = tokio::time::timeout(DRAIN_LIMIT, all).await;
@@ -332,8 +404,14 @@ impl Plugin {
     pub(super) async fn reopen_log(&self, container: &Container) -> Result<()> {
         use lighter_proto::lighter::shim::v1::ReopenRequest;
         let handle = self.running(container).await?;
-        let request = ReopenRequest { id: container.id.clone(), ..ReopenRequest::default() };
+        let request = ReopenRequest {
+            id: container.id.clone(),
+            ..ReopenRequest::default()
+        };
         let limit = Some(Duration::from_secs(10));
-        Ok(handle.connection().log::<_, ()>("Reopen", request, limit).await?)
+        Ok(handle
+            .connection()
+            .log::<_, ()>("Reopen", request, limit)
+            .await?)
     }
 }

@@ -79,30 +79,45 @@ impl Plugin {
     pub(super) fn hostname(config: &PodSandboxConfig) -> String {
         if config.hostname.is_empty() {
             let own = nix::unistd::gethostname();
-            return own.map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            return own
+                .map(|n| n.to_string_lossy().into_owned())
+                .unwrap_or_default();
         }
         config.hostname.clone()
     }
 
     /// Writes the pod's files and mounts its `/dev/shm`.
-    pub(super) async fn write_pod_files(&self, id: &str, config: &PodSandboxConfig) -> Result<PodFiles> {
+    pub(super) async fn write_pod_files(
+        &self,
+        id: &str,
+        config: &PodSandboxConfig,
+    ) -> Result<PodFiles> {
         let files = self.pod_files(id, config);
         let dir = self.pod_root(id);
-        tokio::fs::create_dir_all(&dir).await.map_err(io("create", &dir))?;
+        tokio::fs::create_dir_all(&dir)
+            .await
+            .map_err(io("create", &dir))?;
         let resolv = match &config.dns_config {
             Some(dns) => resolv_conf(dns).into_bytes(),
             None => host_file("/etc/resolv.conf").await?,
         };
         let contents = [
-            (&files.hostname, format!("{}\n", Self::hostname(config)).into_bytes()),
+            (
+                &files.hostname,
+                format!("{}\n", Self::hostname(config)).into_bytes(),
+            ),
             (&files.hosts, host_file("/etc/hosts").await?),
             (&files.resolv_conf, resolv),
         ];
         for (path, bytes) in contents {
-            tokio::fs::write(path, bytes).await.map_err(io("write", path))?;
+            tokio::fs::write(path, bytes)
+                .await
+                .map_err(io("write", path))?;
         }
         if !on_host(config, |o| o.ipc()) {
-            tokio::fs::create_dir_all(&files.shm).await.map_err(io("create", &files.shm))?;
+            tokio::fs::create_dir_all(&files.shm)
+                .await
+                .map_err(io("create", &files.shm))?;
             let shm = files.shm.clone();
             let options = ["nosuid", "nodev", "noexec", "mode=1777"];
             let mut options: Vec<_> = options.iter().map(|o| (*o).to_owned()).collect();

@@ -39,7 +39,11 @@ impl Plugin {
     pub(super) async fn make_netns(&self) -> Result<PathBuf> {
         let own = self.state.join("netns");
         let under_state = self.config.runtime.netns_mounts_under_state_dir;
-        let dir = if under_state { own.as_path() } else { Path::new(netns::DEFAULT_DIR) };
+        let dir = if under_state {
+            own.as_path()
+        } else {
+            Path::new(netns::DEFAULT_DIR)
+        };
         Ok(netns::create(dir, None).await?)
     }
 
@@ -50,7 +54,10 @@ impl Plugin {
         path: &Path,
     ) -> Result<(String, Vec<String>, NetworkResult)> {
         let failed = |detail: String| {
-            Error::unknown(format!("failed to setup network for sandbox {:?}: {detail}", pod.id))
+            Error::unknown(format!(
+                "failed to setup network for sandbox {:?}: {detail}",
+                pod.id
+            ))
         };
         let result = self
             .cni
@@ -69,7 +76,10 @@ impl Plugin {
             }
             None => {
                 self.detach_network(pod, path).await?;
-                Err(Error::unknown(format!("failed to find network info for sandbox {:?}", pod.id)))
+                Err(Error::unknown(format!(
+                    "failed to find network info for sandbox {:?}",
+                    pod.id
+                )))
             }
         }
     }
@@ -77,7 +87,9 @@ impl Plugin {
     /// Detaches the pod; a namespace that is gone is fine.
     pub(super) async fn detach_network(&self, pod: &Pod, path: &Path) -> Result<()> {
         let open = Some(path).filter(|p| !netns::is_closed(p));
-        self.cni.teardown(&pod.id, open, &options(&pod.id, &pod.config)).await?;
+        self.cni
+            .teardown(&pod.id, open, &options(&pod.id, &pod.config))
+            .await?;
         Ok(netns::remove(path).await?)
     }
 }

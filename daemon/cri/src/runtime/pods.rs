@@ -22,7 +22,12 @@ use crate::store::Pod;
 
 /// Name that a pod reserves.
 fn name_of(metadata: &PodSandboxMetadata) -> String {
-    let PodSandboxMetadata { name, namespace, uid, attempt } = metadata;
+    let PodSandboxMetadata {
+        name,
+        namespace,
+        uid,
+        attempt,
+    } = metadata;
     format!("{name}_{namespace}_{uid}_{attempt}")
 }
 
@@ -41,7 +46,10 @@ impl Plugin {
             .ok_or_else(|| Error::invalid("sandbox config must include metadata"))?;
         let (id, name) = (new_id(), name_of(&metadata));
         let reservation = self.store.reserve("sandbox", &name, &id)?;
-        self.db.leases().create(&self.scope, &id, Labels::new()).await?;
+        self.db
+            .leases()
+            .create(&self.scope, &id, Labels::new())
+            .await?;
         let netns = if on_host(&config, |o| o.network()) {
             None
         } else {
@@ -130,11 +138,17 @@ impl Plugin {
                 pod_id: "",
             })
             .await?;
-        let task = CreateTask { rootfs, runtime: task_runtime(handler), ..CreateTask::of(&record) };
+        let task = CreateTask {
+            rootfs,
+            runtime: task_runtime(handler),
+            ..CreateTask::of(&record)
+        };
         let created = self.tasks.create(&scope, task).await;
-        let handle = created.map_err(|e| Error::from(e).context("failed to create containerd task"))?;
+        let handle =
+            created.map_err(|e| Error::from(e).context("failed to create containerd task"))?;
         let started = handle.start("").await;
-        let pid = started.map_err(|e| Error::from(e).context("failed to start sandbox container task"))?;
+        let pid = started
+            .map_err(|e| Error::from(e).context("failed to start sandbox container task"))?;
         pod.update(|s| {
             s.state = PodSandboxState::SandboxReady;
             s.created_at = std::time::SystemTime::now();
@@ -149,7 +163,8 @@ impl Plugin {
     pub(super) async fn undo_pod(&self, pod: &Pod) -> Result<()> {
         self.kill_task(&pod.id).await?;
         self.delete_record(&pod.id).await?;
-        self.delete_snapshot(&self.snapshotter_of(&pod.handler), &pod.id).await?;
+        self.delete_snapshot(&self.snapshotter_of(&pod.handler), &pod.id)
+            .await?;
         self.remove_pod_files(&pod.id).await?;
         if let Some(netns) = &pod.netns {
             self.detach_network(pod, netns).await?;
@@ -169,7 +184,12 @@ impl Plugin {
     async fn pause_image(&self, snapshotter: &str) -> Result<Image> {
         if let Some(image) = self.images.find(pause::NAME)
             && let Some(chain) = &image.chain_id
-            && self.db.snapshots(snapshotter)?.stat(&self.scope, chain).await.is_ok()
+            && self
+                .db
+                .snapshots(snapshotter)?
+                .stat(&self.scope, chain)
+                .await
+                .is_ok()
         {
             return Ok(image);
         }
@@ -183,7 +203,11 @@ impl Plugin {
             .ok_or_else(|| Error::unknown(format!("pause image {} is not usable", pause::NAME)))
     }
 
-    async fn make_pause_image(&self, scope: &lighter_store::Scope, snapshotter: &str) -> Result<()> {
+    async fn make_pause_image(
+        &self,
+        scope: &lighter_store::Scope,
+        snapshotter: &str,
+    ) -> Result<()> {
         let failed = |e: lighter_engine::transfer::Error| Error::unknown(render(&e));
         let blobs = pause::blobs();
         for blob in &blobs {
@@ -195,10 +219,22 @@ impl Plugin {
             (MANAGED_LABEL.0.to_owned(), MANAGED_LABEL.1.to_owned()),
             (PINNED_LABEL.0.to_owned(), PINNED_LABEL.1.to_owned()),
         ]);
-        let image = NewImage { name: pause::NAME.to_owned(), labels };
-        self.transfer.record(scope, image, target).await.map_err(failed)?;
-        let unpack = UnpackRequest { matcher: Matcher::host(), snapshotter: snapshotter.to_owned() };
-        self.transfer.unpack(scope, pause::NAME, target, unpack).await.map_err(failed)?;
+        let image = NewImage {
+            name: pause::NAME.to_owned(),
+            labels,
+        };
+        self.transfer
+            .record(scope, image, target)
+            .await
+            .map_err(failed)?;
+        let unpack = UnpackRequest {
+            matcher: Matcher::host(),
+            snapshotter: snapshotter.to_owned(),
+        };
+        self.transfer
+            .unpack(scope, pause::NAME, target, unpack)
+            .await
+            .map_err(failed)?;
         self.images.refresh(pause::NAME).await;
         Ok(())
     }
@@ -208,7 +244,9 @@ impl Plugin {
         let reference = format!("cri-pause-{}", descriptor.digest);
         let content = self.db.content();
         let expected = Some(&descriptor.digest);
-        let opened = content.writer(scope, &reference, descriptor.size_bytes, expected).await;
+        let opened = content
+            .writer(scope, &reference, descriptor.size_bytes, expected)
+            .await;
         let mut writer = match opened {
             Ok(writer) => writer,
             Err(lighter_store::Error::AlreadyExists { .. }) => return Ok(()),
@@ -217,7 +255,10 @@ impl Plugin {
         // Whatever a try before this one left.
         writer.truncate(0).await?;
         writer.write(blob.data.clone()).await?;
-        match writer.commit(descriptor.size_bytes, expected, blob.labels.clone()).await {
+        match writer
+            .commit(descriptor.size_bytes, expected, blob.labels.clone())
+            .await
+        {
             Ok(_) | Err(lighter_store::Error::AlreadyExists { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }

@@ -53,10 +53,24 @@ fn options(handler: &Handler) -> Option<Any> {
     if table.is_empty() {
         return None;
     }
-    let text = |key: &str| table.get(key).and_then(|v| v.as_str()).unwrap_or_default().to_owned();
-    let flag = |key: &str| table.get(key).and_then(toml::Value::as_bool).unwrap_or_default();
+    let text = |key: &str| {
+        table
+            .get(key)
+            .and_then(|v| v.as_str())
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let flag = |key: &str| {
+        table
+            .get(key)
+            .and_then(toml::Value::as_bool)
+            .unwrap_or_default()
+    };
     let number = |key: &str| {
-        let number = table.get(key).and_then(toml::Value::as_integer).unwrap_or_default();
+        let number = table
+            .get(key)
+            .and_then(toml::Value::as_integer)
+            .unwrap_or_default();
         u32::try_from(number).unwrap_or_default()
     };
     Some(any::pack(&Options {
@@ -80,8 +94,11 @@ fn nanos(at: Option<SystemTime>) -> i64 {
 impl Plugin {
     /// Writes a record.
     pub(super) async fn record(&self, new: New<'_>) -> Result<metadata::Container> {
-        let mut labels: Labels =
-            new.labels.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+        let mut labels: Labels = new
+            .labels
+            .iter()
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .collect();
         labels.insert(KIND.to_owned(), new.kind.to_owned());
         let extension = any::pack_json(
             new.extension.1,
@@ -140,15 +157,24 @@ impl Plugin {
     /// Removes a record; one that is gone is fine.
     pub(super) async fn delete_record(&self, id: &str) -> Result<()> {
         match self.db.containers().delete(&self.scope, id).await {
-            Err(error) if !crate::error::Error::from_store(&error).is_not_found() => Err(error.into()),
+            Err(error) if !crate::error::Error::from_store(&error).is_not_found() => {
+                Err(error.into())
+            }
             _ => Ok(()),
         }
     }
 
     /// Removes a snapshot; one that is gone is fine.
     pub(super) async fn delete_snapshot(&self, snapshotter: &str, key: &str) -> Result<()> {
-        match self.db.snapshots(snapshotter)?.remove(&self.scope, key).await {
-            Err(error) if !crate::error::Error::from_store(&error).is_not_found() => Err(error.into()),
+        match self
+            .db
+            .snapshots(snapshotter)?
+            .remove(&self.scope, key)
+            .await
+        {
+            Err(error) if !crate::error::Error::from_store(&error).is_not_found() => {
+                Err(error.into())
+            }
             _ => Ok(()),
         }
     }
@@ -180,7 +206,11 @@ impl Plugin {
         });
         let dir = self.container_root(&container.id);
         let (path, partial) = (dir.join("status"), dir.join("status.partial"));
-        tokio::fs::write(&partial, value.to_string()).await.map_err(io("write", &partial))?;
-        tokio::fs::rename(&partial, &path).await.map_err(io("replace", &path))
+        tokio::fs::write(&partial, value.to_string())
+            .await
+            .map_err(io("write", &partial))?;
+        tokio::fs::rename(&partial, &path)
+            .await
+            .map_err(io("replace", &path))
     }
 }

@@ -52,7 +52,9 @@ impl RuntimeService for RuntimeEdge {
         let this = Arc::clone(&self.0);
         let request = request.into_inner();
         owned(&self.0, async move {
-            let config = request.config.ok_or_else(|| Error::invalid("sandbox config is required"))?;
+            let config = request
+                .config
+                .ok_or_else(|| Error::invalid("sandbox config is required"))?;
             let pod_sandbox_id = this.run_pod(config, request.runtime_handler).await?;
             Ok(api::RunPodSandboxResponse { pod_sandbox_id })
         })
@@ -94,7 +96,11 @@ impl RuntimeService for RuntimeEdge {
         request: Request<api::PodSandboxStatusRequest>,
     ) -> Result<Response<api::PodSandboxStatusResponse>, Status> {
         let request = request.into_inner();
-        let pod = self.0.store.pod(&request.pod_sandbox_id).map_err(into_status)?;
+        let pod = self
+            .0
+            .store
+            .pod(&request.pod_sandbox_id)
+            .map_err(into_status)?;
         let mut info = HashMap::new();
         if request.verbose {
             let state = pod.state();
@@ -131,8 +137,12 @@ impl RuntimeService for RuntimeEdge {
         let this = Arc::clone(&self.0);
         let request = request.into_inner();
         owned(&self.0, async move {
-            let config = request.config.ok_or_else(|| Error::invalid("container config is required"))?;
-            let container_id = this.create_container(&request.pod_sandbox_id, config).await?;
+            let config = request
+                .config
+                .ok_or_else(|| Error::invalid("container config is required"))?;
+            let container_id = this
+                .create_container(&request.pod_sandbox_id, config)
+                .await?;
             Ok(api::CreateContainerResponse { container_id })
         })
         .await
@@ -196,7 +206,11 @@ impl RuntimeService for RuntimeEdge {
         request: Request<api::ContainerStatusRequest>,
     ) -> Result<Response<api::ContainerStatusResponse>, Status> {
         let request = request.into_inner();
-        let container = self.0.store.container(&request.container_id).map_err(into_status)?;
+        let container = self
+            .0
+            .store
+            .container(&request.container_id)
+            .map_err(into_status)?;
         let mut info = HashMap::new();
         if request.verbose {
             let status = container.status();
@@ -243,10 +257,16 @@ impl RuntimeService for RuntimeEdge {
         request: Request<api::ExecRequest>,
     ) -> Result<Response<api::ExecResponse>, Status> {
         let request = request.into_inner();
-        let container = self.0.store.container(&request.container_id).map_err(into_status)?;
+        let container = self
+            .0
+            .store
+            .container(&request.container_id)
+            .map_err(into_status)?;
         self.0.running(&container).await.map_err(into_status)?;
         let server = self.0.streaming().map_err(into_status)?;
-        let url = server.exec_url(&request).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let url = server
+            .exec_url(&request)
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
         Ok(Response::new(api::ExecResponse { url }))
     }
 
@@ -255,10 +275,16 @@ impl RuntimeService for RuntimeEdge {
         request: Request<api::AttachRequest>,
     ) -> Result<Response<api::AttachResponse>, Status> {
         let request = request.into_inner();
-        let container = self.0.store.container(&request.container_id).map_err(into_status)?;
+        let container = self
+            .0
+            .store
+            .container(&request.container_id)
+            .map_err(into_status)?;
         self.0.running(&container).await.map_err(into_status)?;
         let server = self.0.streaming().map_err(into_status)?;
-        let url = server.attach_url(&request).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let url = server
+            .attach_url(&request)
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
         Ok(Response::new(api::AttachResponse { url }))
     }
 
@@ -267,13 +293,19 @@ impl RuntimeService for RuntimeEdge {
         request: Request<api::PortForwardRequest>,
     ) -> Result<Response<api::PortForwardResponse>, Status> {
         let request = request.into_inner();
-        let pod = self.0.store.pod(&request.pod_sandbox_id).map_err(into_status)?;
+        let pod = self
+            .0
+            .store
+            .pod(&request.pod_sandbox_id)
+            .map_err(into_status)?;
         if !pod.is_ready() {
             let error = Error::unknown(format!("sandbox container {:?} is not running", pod.id));
             return Err(into_status(error));
         }
         let server = self.0.streaming().map_err(into_status)?;
-        let url = server.port_forward_url(&request).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let url = server
+            .port_forward_url(&request)
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
         Ok(Response::new(api::PortForwardResponse { url }))
     }
 
@@ -281,7 +313,10 @@ impl RuntimeService for RuntimeEdge {
         &self,
         request: Request<api::UpdateRuntimeConfigRequest>,
     ) -> Result<Response<api::UpdateRuntimeConfigResponse>, Status> {
-        let network = request.into_inner().runtime_config.and_then(|c| c.network_config);
+        let network = request
+            .into_inner()
+            .runtime_config
+            .and_then(|c| c.network_config);
         if let Some(cidr) = network.map(|n| n.pod_cidr).filter(|c| !c.is_empty()) {
             let written = self.0.cni.write_from_template(&cidr).await;
             written.map_err(|e| into_status(Error::from(e)))?;
@@ -323,7 +358,10 @@ impl RuntimeService for RuntimeEdge {
         };
         Ok(Response::new(api::StatusResponse {
             status: Some(api::RuntimeStatus { conditions }),
-            runtime_handlers: std::iter::once(String::new()).chain(names).map(handler).collect(),
+            runtime_handlers: std::iter::once(String::new())
+                .chain(names)
+                .map(handler)
+                .collect(),
             features: Some(api::RuntimeFeatures {
                 supplemental_groups_policy: true,
                 ..Default::default()
@@ -338,17 +376,25 @@ impl RuntimeService for RuntimeEdge {
     ) -> Result<Response<api::RuntimeConfigResponse>, Status> {
         let _empty = request;
         let handler = self.0.handler("").map_err(into_status)?;
-        let systemd = handler.options.get("SystemdCgroup").and_then(toml::Value::as_bool);
+        let systemd = handler
+            .options
+            .get("SystemdCgroup")
+            .and_then(toml::Value::as_bool);
         let driver = if systemd == Some(true) {
             api::CgroupDriver::Systemd
         } else {
             api::CgroupDriver::Cgroupfs
         };
-        let linux = api::LinuxRuntimeConfiguration { cgroup_driver: driver.into() };
-        Ok(Response::new(api::RuntimeConfigResponse { linux: Some(linux) }))
+        let linux = api::LinuxRuntimeConfiguration {
+            cgroup_driver: driver.into(),
+        };
+        Ok(Response::new(api::RuntimeConfigResponse {
+            linux: Some(linux),
+        }))
     }
 
-    type StreamPodSandboxesStream = BoxStream<'static, Result<api::StreamPodSandboxesResponse, Status>>;
+    type StreamPodSandboxesStream =
+        BoxStream<'static, Result<api::StreamPodSandboxesResponse, Status>>;
 
     async fn stream_pod_sandboxes(
         &self,
@@ -357,7 +403,11 @@ impl RuntimeService for RuntimeEdge {
         let items = self.0.pods(request.into_inner().filter);
         let batches: Vec<_> = items
             .chunks(BATCH)
-            .map(|batch| Ok(api::StreamPodSandboxesResponse { pod_sandboxes: batch.to_vec() }))
+            .map(|batch| {
+                Ok(api::StreamPodSandboxesResponse {
+                    pod_sandboxes: batch.to_vec(),
+                })
+            })
             .collect();
         Ok(Response::new(stream::iter(batches).boxed()))
     }
@@ -371,7 +421,11 @@ impl RuntimeService for RuntimeEdge {
         let items = self.0.containers(request.into_inner().filter);
         let batches: Vec<_> = items
             .chunks(BATCH)
-            .map(|batch| Ok(api::StreamContainersResponse { containers: batch.to_vec() }))
+            .map(|batch| {
+                Ok(api::StreamContainersResponse {
+                    containers: batch.to_vec(),
+                })
+            })
             .collect();
         Ok(Response::new(stream::iter(batches).boxed()))
     }
@@ -391,7 +445,9 @@ impl RuntimeService for RuntimeEdge {
         &self,
         _: Request<api::UpdateContainerResourcesRequest>,
     ) -> Result<Response<api::UpdateContainerResourcesResponse>, Status> {
-        Err(Status::unimplemented("UpdateContainerResources is not implemented"))
+        Err(Status::unimplemented(
+            "UpdateContainerResources is not implemented",
+        ))
     }
 
     async fn container_stats(
@@ -405,7 +461,9 @@ impl RuntimeService for RuntimeEdge {
         &self,
         _: Request<api::ListContainerStatsRequest>,
     ) -> Result<Response<api::ListContainerStatsResponse>, Status> {
-        Err(Status::unimplemented("ListContainerStats is not implemented"))
+        Err(Status::unimplemented(
+            "ListContainerStats is not implemented",
+        ))
     }
 
     async fn pod_sandbox_stats(
@@ -419,14 +477,18 @@ impl RuntimeService for RuntimeEdge {
         &self,
         _: Request<api::ListPodSandboxStatsRequest>,
     ) -> Result<Response<api::ListPodSandboxStatsResponse>, Status> {
-        Err(Status::unimplemented("ListPodSandboxStats is not implemented"))
+        Err(Status::unimplemented(
+            "ListPodSandboxStats is not implemented",
+        ))
     }
 
     async fn checkpoint_container(
         &self,
         _: Request<api::CheckpointContainerRequest>,
     ) -> Result<Response<api::CheckpointContainerResponse>, Status> {
-        Err(Status::unimplemented("CheckpointContainer is not implemented"))
+        Err(Status::unimplemented(
+            "CheckpointContainer is not implemented",
+        ))
     }
 
     async fn checkpoint_pod(
@@ -447,47 +509,62 @@ impl RuntimeService for RuntimeEdge {
         &self,
         _: Request<api::ListMetricDescriptorsRequest>,
     ) -> Result<Response<api::ListMetricDescriptorsResponse>, Status> {
-        Err(Status::unimplemented("ListMetricDescriptors is not implemented"))
+        Err(Status::unimplemented(
+            "ListMetricDescriptors is not implemented",
+        ))
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _: Request<api::ListPodSandboxMetricsRequest>,
     ) -> Result<Response<api::ListPodSandboxMetricsResponse>, Status> {
-        Err(Status::unimplemented("ListPodSandboxMetrics is not implemented"))
+        Err(Status::unimplemented(
+            "ListPodSandboxMetrics is not implemented",
+        ))
     }
 
     async fn update_pod_sandbox_resources(
         &self,
         _: Request<api::UpdatePodSandboxResourcesRequest>,
     ) -> Result<Response<api::UpdatePodSandboxResourcesResponse>, Status> {
-        Err(Status::unimplemented("UpdatePodSandboxResources is not implemented"))
+        Err(Status::unimplemented(
+            "UpdatePodSandboxResources is not implemented",
+        ))
     }
 
-    type StreamContainerStatsStream = BoxStream<'static, Result<api::StreamContainerStatsResponse, Status>>;
+    type StreamContainerStatsStream =
+        BoxStream<'static, Result<api::StreamContainerStatsResponse, Status>>;
 
     async fn stream_container_stats(
         &self,
         _: Request<api::StreamContainerStatsRequest>,
     ) -> Result<Response<Self::StreamContainerStatsStream>, Status> {
-        Err(Status::unimplemented("StreamContainerStats is not implemented"))
+        Err(Status::unimplemented(
+            "StreamContainerStats is not implemented",
+        ))
     }
 
-    type StreamPodSandboxStatsStream = BoxStream<'static, Result<api::StreamPodSandboxStatsResponse, Status>>;
+    type StreamPodSandboxStatsStream =
+        BoxStream<'static, Result<api::StreamPodSandboxStatsResponse, Status>>;
 
     async fn stream_pod_sandbox_stats(
         &self,
         _: Request<api::StreamPodSandboxStatsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxStatsStream>, Status> {
-        Err(Status::unimplemented("StreamPodSandboxStats is not implemented"))
+        Err(Status::unimplemented(
+            "StreamPodSandboxStats is not implemented",
+        ))
     }
 
-    type StreamPodSandboxMetricsStream = BoxStream<'static, Result<api::StreamPodSandboxMetricsResponse, Status>>;
+    type StreamPodSandboxMetricsStream =
+        BoxStream<'static, Result<api::StreamPodSandboxMetricsResponse, Status>>;
 
     async fn stream_pod_sandbox_metrics(
         &self,
         _: Request<api::StreamPodSandboxMetricsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxMetricsStream>, Status> {
-        Err(Status::unimplemented("StreamPodSandboxMetrics is not implemented"))
+        Err(Status::unimplemented(
+            "StreamPodSandboxMetrics is not implemented",
+        ))
     }
 }

@@ -21,7 +21,12 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 impl Plugin {
     /// The task of a container; `None` when there is none.
     pub(super) async fn task(&self, id: &str) -> Result<Option<Handle>> {
-        match self.tasks.get(&self.scope.namespace, id).await.map_err(Error::from) {
+        match self
+            .tasks
+            .get(&self.scope.namespace, id)
+            .await
+            .map_err(Error::from)
+        {
             Ok(handle) => Ok(Some(handle)),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
@@ -37,7 +42,9 @@ impl Plugin {
 
     /// Kills and deletes a task; one that is gone is fine.
     pub(super) async fn kill_task(&self, id: &str) -> Result<()> {
-        let Some(handle) = self.task(id).await? else { return Ok(()) };
+        let Some(handle) = self.task(id).await? else {
+            return Ok(());
+        };
         Self::signal(&handle, SIGKILL, true).await?;
         let ended = tokio::time::timeout(KILL_LIMIT, handle.wait("")).await;
         if ended.is_err() {
@@ -51,12 +58,18 @@ impl Plugin {
     }
 
     /// Stops a container: its signal once, then SIGKILL after `limit`.
-    pub(super) async fn stop_container(&self, container: &Arc<Container>, limit: Duration) -> Result<()> {
+    pub(super) async fn stop_container(
+        &self,
+        container: &Arc<Container>,
+        limit: Duration,
+    ) -> Result<()> {
         let status = container.status();
         if status.state != ContainerState::ContainerRunning {
             return Ok(());
         }
-        let Some(handle) = self.task(&container.id).await? else { return Ok(()) };
+        let Some(handle) = self.task(&container.id).await? else {
+            return Ok(());
+        };
         if !limit.is_zero() {
             let mut first = false;
             container.update(|s| first = !std::mem::replace(&mut s.stop_sent, true));
@@ -68,13 +81,15 @@ impl Plugin {
             }
         }
         Self::signal(&handle, SIGKILL, false).await?;
-        tokio::time::timeout(KILL_LIMIT, container.ended()).await.map_err(|_| {
-            let message = format!(
-                "an error occurs during waiting for container {:?} to be killed",
-                container.id
-            );
-            Error::new(ErrorKind::DeadlineExceeded, message)
-        })
+        tokio::time::timeout(KILL_LIMIT, container.ended())
+            .await
+            .map_err(|_| {
+                let message = format!(
+                    "an error occurs during waiting for container {:?} to be killed",
+                    container.id
+                );
+                Error::new(ErrorKind::DeadlineExceeded, message)
+            })
     }
 
     /// Removes a container; a running one is killed first.
@@ -103,7 +118,8 @@ impl Plugin {
         // One that never ran may have a task that waits for its start.
         self.kill_task(&container.id).await?;
         self.delete_record(&container.id).await?;
-        self.delete_snapshot(&container.snapshotter, &container.id).await?;
+        self.delete_snapshot(&container.snapshotter, &container.id)
+            .await?;
         remove_dir(&self.container_root(&container.id)).await?;
         self.store.remove_container(&container.id);
         self.store.release(&container.name);
