@@ -26,8 +26,6 @@ use crate::services::introspection;
 use crate::stores::{self, Stores};
 use crate::{shutdown, sys, telemetry, transfers};
 
-/// The plugin that a disabled list names to keep CRI off.
-const CRI: &str = "io.containerd.grpc.v1.cri";
 /// Threads that poll: RPCs are short and the work is done elsewhere.
 const WORKERS: usize = 2;
 /// Threads for blocking work: file systems and the database.
@@ -185,29 +183,7 @@ impl App {
             &config.warnings,
             Arc::new(Runtimes(tasks.clone())),
         );
-        let cri = if config.disabled(CRI) {
-            None
-        } else {
-            let parts = lighter_cri::plugin::Parts {
-                config: config.plugins.cri.clone(),
-                root: config.root.clone(),
-                state: config.state.clone(),
-                db: db.clone(),
-                tasks: tasks.clone(),
-                transfer: transfer.clone(),
-                collector: collector.clone(),
-                tracker: tracker.clone(),
-                stop: stop.clone(),
-                version: crate::VERSION.to_owned(),
-            };
-            Some(
-                lighter_cri::plugin::Plugin::build(parts)
-                    .await
-                    .context("start CRI")?,
-            )
-        };
         let engines = Engines {
-            cri,
             db: db.clone(),
             tasks: tasks.clone(),
             collector: collector.clone(),

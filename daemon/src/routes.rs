@@ -1,10 +1,5 @@
 //! Which services are served, over which engines, and how large their messages may be.
 
-use std::sync::Arc;
-
-use lighter_cri::image::ImageEdge;
-use lighter_cri::plugin::Plugin as Cri;
-use lighter_cri::runtime::RuntimeEdge;
 use lighter_engine::differ::Differ;
 use lighter_engine::gc::Collector;
 use lighter_engine::mounts::Mounts;
@@ -28,8 +23,6 @@ use lighter_proto::containerd::services::streaming::v1::streaming_server::Stream
 use lighter_proto::containerd::services::tasks::v1::tasks_server::TasksServer;
 use lighter_proto::containerd::services::transfer::v1::transfer_server::TransferServer;
 use lighter_proto::containerd::services::version::v1::version_server::VersionServer;
-use lighter_proto::runtime::v1::image_service_server::ImageServiceServer;
-use lighter_proto::runtime::v1::runtime_service_server::RuntimeServiceServer;
 use lighter_store::metadata::Db;
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
@@ -73,8 +66,6 @@ pub(crate) struct Engines {
     pub(crate) tracker: TaskTracker,
     /// What the daemon is made of.
     pub(crate) introspection: IntrospectionService,
-    /// CRI, unless it is disabled.
-    pub(crate) cri: Option<Arc<Cri>>,
 }
 
 /// All services of the client socket.
@@ -97,7 +88,6 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
         transfer,
         tracker,
         introspection,
-        cri,
     } = engines;
     let (health, health_server) = tonic_health::server::health_reporter();
     health
@@ -105,7 +95,7 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
         .await;
     let leases = LeasesService::new(db.clone(), collector.clone());
     let images = ImagesService::new(db.clone(), collector);
-    let mut routes = Routes::new(health_server)
+    Routes::new(health_server)
         .add_service(limited!(VersionServer, VersionService))
         .add_service(limited!(IntrospectionServer, introspection))
         .add_service(limited!(DiffServer, DiffService::new(differ)))
@@ -136,14 +126,5 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
             StreamingServer,
             StreamingService::new(streams, tracker)
         ))
-        .add_service(limited!(TransferServer, TransferService::new(transfer)));
-    if let Some(cri) = cri {
-        routes = routes
-            .add_service(limited!(
-                RuntimeServiceServer,
-                RuntimeEdge(Arc::clone(&cri))
-            ))
-            .add_service(limited!(ImageServiceServer, ImageEdge(cri)));
-    }
-    routes
+        .add_service(limited!(TransferServer, TransferService::new(transfer)))
 }

@@ -1,6 +1,6 @@
 //! Making and starting containers.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -355,7 +355,7 @@ impl Plugin {
 }
 
 /// A path in a URI: everything but the plainest characters as `%XX`.
-fn escape(path: &PathBuf) -> String {
+fn escape(path: &Path) -> String {
     let mut text = String::new();
     for byte in path.as_os_str().as_encoded_bytes() {
         if byte.is_ascii_alphanumeric() || b"/-_.~".contains(byte) {

@@ -227,9 +227,9 @@ impl Plugin {
             outputs.spawn(drain(Fifos::reader(&path)?, to));
             let text = path.display().to_string();
             if name == "stdout" {
-                stdio.stdout = text
+                stdio.stdout = text;
             } else {
-                stdio.stderr = text
+                stdio.stderr = text;
             }
         }
         let input = match io.stdin {
@@ -384,9 +384,9 @@ impl Plugin {
             outputs.spawn(drain(Fifos::reader(&path)?, to));
             let text = path.display().to_string();
             if name == "stdout" {
-                request.stdout = text
+                request.stdout = text;
             } else {
-                request.stderr = text
+                request.stderr = text;
             }
         }
         let limit = Some(Duration::from_secs(10));
