@@ -393,6 +393,6 @@ mod tests {
 
     #[test]
     fn a_log_path_is_escaped() {
-        assert_eq!(escape(&PathBuf::from("/a b?c")), "/a%20b%3Fc");
+        assert_eq!(escape(Path::new("/a b?c")), "/a%20b%3Fc");
     }
 }
