@@ -43,7 +43,7 @@ integration: ## The black-box suite alone, on SUBJECT=lighter (default) or SUBJE
 
 bench: ## Speed and memory beside containerd, as ratios
 	$(MAKE) --no-print-directory release
-	LIGHTER_BIN_DIR=$(TARGET_DIR)/release $(CARGO) bench -p lighter-integration
+	LIGHTER_BIN_DIR=$(abspath $(TARGET_DIR))/release $(CARGO) bench -p lighter-integration
 
 lint: ## Format check, clippy, docs, and cargo-deny where it is installed
 	$(CARGO) fmt --all --check
