@@ -19,8 +19,9 @@ use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use crate::config::{Config, Socket};
+use crate::cri;
 use crate::plugin::builtins;
-use crate::routes::{Engines, routes};
+use crate::routes::{Engines, routes, with_cri};
 use crate::server::{debug, grpc, http, listen, metrics::Metrics, observe::InFlight, ttrpc};
 use crate::services::introspection;
 use crate::stores::{self, Stores};
@@ -169,7 +170,19 @@ impl App {
         // Edges.
         let metrics = Metrics::new(config.grpc_histogram);
         let in_flight = Arc::new(InFlight::default());
-        let graph = builtins::graph(&config, plugins);
+        let cri = {
+            let parts = cri::Parts {
+                db: db.clone(),
+                tasks: tasks.clone(),
+                transfer: transfer.clone(),
+                collector: collector.clone(),
+                tracker: tracker.clone(),
+                stop: stop.clone(),
+            };
+            cri::build(&config, parts).await
+        };
+        let mut graph = builtins::graph(&config, plugins);
+        cri.entries.iter().cloned().for_each(|e| graph.add(e));
         let missing = graph.missing(&config.required);
         anyhow::ensure!(
             missing.is_empty(),
@@ -201,13 +214,18 @@ impl App {
             tracker: tracker.clone(),
             introspection,
         };
-        let routes = routes(engines, config.limits).await;
+        let plain = routes(engines, config.limits).await;
+        let routes = match cri.gate() {
+            Some(gate) => with_cri(plain.clone(), gate, config.limits),
+            None => plain.clone(),
+        };
 
         // Listeners: all bound before any is served.
         let report = Arc::new(debug::Report::new(Arc::clone(&in_flight), sections(&tasks)));
         let unix = listen::unix(&config.grpc).await?;
         let events = listen::unix(&config.ttrpc).await?;
         tasks.recover();
+        cri.recover(&tracker);
         let shims = ttrpc::serve(events, tasks.clone()).await?;
         if let Some(tcp) = &config.tcp {
             let listener = listen::tcp(&tcp.address).await?;
@@ -215,7 +233,11 @@ impl App {
                 "grpc-tcp",
                 grpc::serve_tcp(
                     listener,
-                    routes.clone(),
+                    if config.plugins.cri.server.disable_tcp_service {
+                        plain
+                    } else {
+                        routes.clone()
+                    },
                     Arc::clone(&in_flight),
                     metrics.clone(),
                     stop.clone(),

@@ -1,5 +1,10 @@
 //! Which services are served, over which engines, and how large their messages may be.
 
+use std::sync::Arc;
+
+use lighter_cri::image::ImageEdge;
+use lighter_cri::plugin::Gate;
+use lighter_cri::runtime::RuntimeEdge;
 use lighter_engine::differ::Differ;
 use lighter_engine::gc::Collector;
 use lighter_engine::mounts::Mounts;
@@ -23,6 +28,8 @@ use lighter_proto::containerd::services::streaming::v1::streaming_server::Stream
 use lighter_proto::containerd::services::tasks::v1::tasks_server::TasksServer;
 use lighter_proto::containerd::services::transfer::v1::transfer_server::TransferServer;
 use lighter_proto::containerd::services::version::v1::version_server::VersionServer;
+use lighter_proto::runtime::v1::image_service_server::ImageServiceServer;
+use lighter_proto::runtime::v1::runtime_service_server::RuntimeServiceServer;
 use lighter_store::metadata::Db;
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
@@ -68,15 +75,17 @@ pub(crate) struct Engines {
     pub(crate) introspection: IntrospectionService,
 }
 
-/// All services of the client socket.
+/// A service that keeps to the limits of messages.
+macro_rules! limited {
+    ($limits:expr, $server:ident, $service:expr) => {
+        $server::new($service)
+            .max_decoding_message_size($limits.receive_bytes)
+            .max_encoding_message_size($limits.send_bytes)
+    };
+}
+
+/// All services of the client socket but CRI's.
 pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
-    macro_rules! limited {
-        ($server:ident, $service:expr) => {
-            $server::new($service)
-                .max_decoding_message_size(limits.receive_bytes)
-                .max_encoding_message_size(limits.send_bytes)
-        };
-    }
     let Engines {
         db,
         tasks,
@@ -96,35 +105,63 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
     let leases = LeasesService::new(db.clone(), collector.clone());
     let images = ImagesService::new(db.clone(), collector);
     Routes::new(health_server)
-        .add_service(limited!(VersionServer, VersionService))
-        .add_service(limited!(IntrospectionServer, introspection))
-        .add_service(limited!(DiffServer, DiffService::new(differ)))
-        .add_service(limited!(MountsServer, MountsService::new(mounts)))
-        .add_service(limited!(StoreServer, SandboxStore::new(&db)))
+        .add_service(limited!(limits, VersionServer, VersionService))
+        .add_service(limited!(limits, IntrospectionServer, introspection))
+        .add_service(limited!(limits, DiffServer, DiffService::new(differ)))
+        .add_service(limited!(limits, MountsServer, MountsService::new(mounts)))
+        .add_service(limited!(limits, StoreServer, SandboxStore::new(&db)))
         .add_service(limited!(
+            limits,
             ControllerServer,
             SandboxController::new(&db, sandboxes)
         ))
-        .add_service(limited!(EventsServer, EventsService::new(&db)))
+        .add_service(limited!(limits, EventsServer, EventsService::new(&db)))
         .add_service(limited!(
+            limits,
             NamespacesServer,
             NamespacesService::new(db.clone())
         ))
-        .add_service(limited!(LeasesServer, leases))
-        .add_service(limited!(ContentServer, ContentService::new(db.clone())))
-        .add_service(limited!(SnapshotsServer, SnapshotsService::new(db.clone())))
-        .add_service(limited!(ImagesServer, images))
+        .add_service(limited!(limits, LeasesServer, leases))
         .add_service(limited!(
+            limits,
+            ContentServer,
+            ContentService::new(db.clone())
+        ))
+        .add_service(limited!(
+            limits,
+            SnapshotsServer,
+            SnapshotsService::new(db.clone())
+        ))
+        .add_service(limited!(limits, ImagesServer, images))
+        .add_service(limited!(
+            limits,
             ContainersServer,
             ContainersService::new(db.clone())
         ))
         .add_service(limited!(
+            limits,
             TasksServer,
             TasksService::new(tasks, db.containers())
         ))
         .add_service(limited!(
+            limits,
             StreamingServer,
             StreamingService::new(streams, tracker)
         ))
-        .add_service(limited!(TransferServer, TransferService::new(transfer)))
+        .add_service(limited!(
+            limits,
+            TransferServer,
+            TransferService::new(transfer)
+        ))
+}
+
+/// `routes` and both services of CRI.
+pub(crate) fn with_cri(routes: Routes, gate: Arc<Gate>, limits: MessageLimits) -> Routes {
+    routes
+        .add_service(limited!(
+            limits,
+            RuntimeServiceServer,
+            RuntimeEdge(Arc::clone(&gate))
+        ))
+        .add_service(limited!(limits, ImageServiceServer, ImageEdge(gate)))
 }

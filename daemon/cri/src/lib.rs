@@ -5,9 +5,6 @@
 //! ([`cdi`]), and the default seccomp profile ([`seccomp_default`]). Above them stand images
 //! ([`image`]), the specs of containers ([`spec`]) and what is known of pods ([`store`]), and the two
 //! services over them ([`runtime`], [`plugin`]).
-//!
-//! The daemon does not serve them yet: pods are not found again after a restart, and until they
-//! are, a kubelet must not be told that they are kept.
 
 pub mod cdi;
 pub mod cni;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use lighter_engine::gc::Collector;
 use lighter_engine::runtime::Manager;
 use lighter_engine::transfer::Transfer;
+use lighter_proto::errdefs::into_status;
 use lighter_proto::runtime::v1::ContainerEventResponse;
 use lighter_snapshotter::Usage;
 use lighter_store::filter::Filter;
@@ -15,6 +16,7 @@ use lighter_store::{Namespace, Scope};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::{Response, Status};
 
 use crate::cni::{self, Cni};
 use crate::config;
@@ -56,6 +58,39 @@ pub struct Parts {
     pub version: String,
 }
 
+/// The way to the plugin: shut until what earlier runs left is known again.
+#[derive(Debug, Default)]
+pub struct Gate(OnceLock<Arc<Plugin>>);
+
+impl Gate {
+    /// Serves from now on.
+    pub fn open(&self, plugin: Arc<Plugin>) {
+        // The first one stays: there is one plugin in a process.
+        let _ = self.0.set(plugin);
+    }
+
+    /// The plugin.
+    ///
+    /// # Errors
+    /// `Unavailable` until it is open.
+    #[allow(clippy::result_large_err, reason = "tonic's own error")]
+    pub(crate) fn plugin(&self) -> Result<&Arc<Plugin>, Status> {
+        self.0
+            .get()
+            .ok_or_else(|| Status::unavailable("server is not initialized yet"))
+    }
+}
+
+/// Does work to its end, even when the caller hangs up.
+pub(crate) async fn owned<T: Send + 'static>(
+    plugin: &Plugin,
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<Response<T>, Status> {
+    let done = plugin.tracker.spawn(work).await;
+    let done = done.map_err(|e| Status::internal(e.to_string()))?;
+    done.map(Response::new).map_err(into_status)
+}
+
 /// The plugin.
 #[derive(Debug)]
 pub struct Plugin {
@@ -80,7 +115,7 @@ pub struct Plugin {
 }
 
 impl Plugin {
-    /// Makes the plugin, reads what is on record, and starts its background work.
+    /// Makes the plugin and starts its background work; [`Plugin::recover`] comes before serving.
     ///
     /// # Errors
     /// When directories cannot be made, the records cannot be read or the streaming server cannot
@@ -136,6 +171,14 @@ impl Plugin {
         plugin.serve_streams().await?;
         plugin.background();
         Ok(plugin)
+    }
+
+    /// Finds what earlier runs left. Tasks must be on the books.
+    ///
+    /// # Errors
+    /// When the records cannot be read.
+    pub async fn recover(self: &Arc<Self>) -> Result<()> {
+        self.images.load().await
     }
 
     async fn serve_streams(self: &Arc<Self>) -> Result<()> {

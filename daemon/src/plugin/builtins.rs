@@ -28,6 +28,7 @@ pub(crate) mod kind {
     pub(crate) const MONITOR: &str = "io.containerd.monitor.task.v1";
     pub(crate) const RESTART: &str = "io.containerd.monitor.container.v1";
     pub(crate) const SERVICE: &str = "io.containerd.service.v1";
+    pub(crate) const CRI: &str = "io.containerd.cri.v1";
     pub(crate) const GRPC: &str = "io.containerd.grpc.v1";
     pub(crate) const TTRPC: &str = "io.containerd.ttrpc.v1";
 }

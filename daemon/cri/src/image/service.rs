@@ -11,14 +11,14 @@ use lighter_proto::time;
 use tonic::{Request, Response, Status};
 
 use super::Image;
-use crate::plugin::Plugin;
+use crate::plugin::{Gate, Plugin, owned};
 
 /// Items in one message of a streamed list.
 const BATCH: usize = 5000;
 
 /// The service over the plugin.
 #[derive(Debug, Clone)]
-pub struct ImageEdge(pub Arc<Plugin>);
+pub struct ImageEdge(pub Arc<Gate>);
 
 fn encode(image: &Image) -> api::Image {
     let user = image.process.user.split(':').next().unwrap_or_default();
@@ -42,12 +42,12 @@ fn encode(image: &Image) -> api::Image {
 }
 
 impl ImageEdge {
-    fn listed(&self, filter: Option<api::ImageFilter>) -> Vec<api::Image> {
+    fn listed(plugin: &Plugin, filter: Option<api::ImageFilter>) -> Vec<api::Image> {
         let wanted = filter
             .and_then(|f| f.image)
             .map(|s| s.image)
             .filter(|i| !i.is_empty());
-        let images = &self.0.images;
+        let images = &plugin.images;
         match wanted {
             Some(name) => images.find(&name).iter().map(encode).collect(),
             None => images.list().iter().map(encode).collect(),
@@ -72,7 +72,7 @@ impl ImageService for ImageEdge {
         &self,
         request: Request<api::ListImagesRequest>,
     ) -> Result<Response<api::ListImagesResponse>, Status> {
-        let images = self.listed(request.into_inner().filter);
+        let images = Self::listed(self.0.plugin()?, request.into_inner().filter);
         Ok(Response::new(api::ListImagesResponse { images }))
     }
 
@@ -80,7 +80,7 @@ impl ImageService for ImageEdge {
         &self,
         request: Request<api::StreamImagesRequest>,
     ) -> Result<Response<Self::StreamImagesStream>, Status> {
-        let images = self.listed(request.into_inner().filter);
+        let images = Self::listed(self.0.plugin()?, request.into_inner().filter);
         let batches: Vec<_> = images
             .chunks(BATCH)
             .map(|batch| {
@@ -98,7 +98,7 @@ impl ImageService for ImageEdge {
     ) -> Result<Response<api::ImageStatusResponse>, Status> {
         let request = request.into_inner();
         let name = Self::spec_name(request.image)?;
-        let found = self.0.images.find(&name);
+        let found = self.0.plugin()?.images.find(&name);
         let mut info = std::collections::HashMap::new();
         if let (true, Some(image)) = (request.verbose, &found) {
             let detail = serde_json::json!({ "chainID": image.chain_id, "imageSpec": { "config": image.process } });
@@ -121,18 +121,17 @@ impl ImageService for ImageEdge {
             .map(|s| s.runtime_handler.clone())
             .unwrap_or_default();
         let name = Self::spec_name(request.image)?;
-        let plugin = Arc::clone(&self.0);
+        let plugin = Arc::clone(self.0.plugin()?);
         let snapshotter = plugin.snapshotter_of(&handler);
         // A kubelet that hangs up must not leave half a pull to be repeated from the start.
-        let pull = plugin.tracker.clone().spawn(async move {
-            plugin
+        owned(&Arc::clone(&plugin), async move {
+            let image_ref = plugin
                 .images
                 .pull(&name, request.auth.as_ref(), &snapshotter)
-                .await
-        });
-        let pulled = pull.await.map_err(|e| Status::internal(e.to_string()))?;
-        let image_ref = pulled.map_err(into_status)?;
-        Ok(Response::new(api::PullImageResponse { image_ref }))
+                .await?;
+            Ok(api::PullImageResponse { image_ref })
+        })
+        .await
     }
 
     async fn remove_image(
@@ -140,9 +139,13 @@ impl ImageService for ImageEdge {
         request: Request<api::RemoveImageRequest>,
     ) -> Result<Response<api::RemoveImageResponse>, Status> {
         let name = Self::spec_name(request.into_inner().image)?;
-        self.0.images.remove(&name).await.map_err(into_status)?;
-        self.0.collect().await;
-        Ok(Response::new(api::RemoveImageResponse {}))
+        let plugin = Arc::clone(self.0.plugin()?);
+        owned(&Arc::clone(&plugin), async move {
+            plugin.images.remove(&name).await?;
+            plugin.collect().await;
+            Ok(api::RemoveImageResponse {})
+        })
+        .await
     }
 
     async fn image_fs_info(
@@ -150,7 +153,8 @@ impl ImageService for ImageEdge {
         _: Request<api::ImageFsInfoRequest>,
     ) -> Result<Response<api::ImageFsInfoResponse>, Status> {
         let limit = Duration::from_secs(30);
-        let usage = tokio::time::timeout(limit, self.0.image_filesystem()).await;
+        let plugin = Arc::clone(self.0.plugin()?);
+        let usage = tokio::time::timeout(limit, plugin.image_filesystem()).await;
         let usage =
             usage.map_err(|_| Status::deadline_exceeded("measuring the image filesystem"))?;
         let (mountpoint, usage) = usage.map_err(into_status)?;

@@ -5,9 +5,11 @@ mod encode;
 mod events;
 mod exec;
 mod files;
+mod info;
 mod network;
 mod pods;
 mod records;
+mod rpc;
 mod service;
 mod stop;
 

@@ -1,0 +1,58 @@
+//! Commands, terminals and ports: run to the end, or an address of the streaming server.
+
+use std::sync::Arc;
+
+use lighter_proto::runtime::v1 as api;
+
+use super::seconds;
+use crate::error::{Error, Result};
+use crate::plugin::Plugin;
+use crate::streaming;
+
+fn refused(error: impl std::fmt::Display) -> Error {
+    Error::invalid(error.to_string())
+}
+
+pub(in crate::runtime) async fn exec_sync(
+    this: Arc<Plugin>,
+    request: api::ExecSyncRequest,
+) -> Result<api::ExecSyncResponse> {
+    let container = this.store.container(&request.container_id)?;
+    let limit = seconds(request.timeout);
+    this.exec_sync(&container, &request.cmd, limit).await
+}
+
+pub(in crate::runtime) async fn exec(
+    this: Arc<Plugin>,
+    request: api::ExecRequest,
+) -> Result<api::ExecResponse> {
+    let container = this.store.container(&request.container_id)?;
+    this.running(&container).await?;
+    let server: &Arc<streaming::Server> = this.streaming()?;
+    let url = server.exec_url(&request).map_err(refused)?;
+    Ok(api::ExecResponse { url })
+}
+
+pub(in crate::runtime) async fn attach(
+    this: Arc<Plugin>,
+    request: api::AttachRequest,
+) -> Result<api::AttachResponse> {
+    let container = this.store.container(&request.container_id)?;
+    this.running(&container).await?;
+    let url = this.streaming()?.attach_url(&request).map_err(refused)?;
+    Ok(api::AttachResponse { url })
+}
+
+pub(in crate::runtime) async fn port_forward(
+    this: Arc<Plugin>,
+    request: api::PortForwardRequest,
+) -> Result<api::PortForwardResponse> {
+    let pod = this.store.pod(&request.pod_sandbox_id)?;
+    if !pod.is_ready() {
+        let message = format!("sandbox container {:?} is not running", pod.id);
+        return Err(Error::unknown(message));
+    }
+    let server = this.streaming()?;
+    let url = server.port_forward_url(&request).map_err(refused)?;
+    Ok(api::PortForwardResponse { url })
+}
