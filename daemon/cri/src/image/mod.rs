@@ -226,7 +226,7 @@ impl Images {
         }
         if let Ok(named) = Named::parse(text) {
             // A name with both tag and digest is known by its digest.
-            for name in [named.name(), named.canonical(), text.to_owned()] {
+            for name in [named.canonical(), text.to_owned()] {
                 if let Some(id) = cache.by_name.get(&name) {
                     return cache.by_id.get(id).cloned();
                 }

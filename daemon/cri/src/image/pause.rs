@@ -1,6 +1,6 @@
 //! The pause image: made by the daemon itself, so that pods need no registry.
 //!
-//! One layer with one file: a static ELF of 225 bytes whose only work is to hold a pod's
+//! One layer with one program: a static ELF of 225 bytes whose only work is to hold a pod's
 //! namespaces. It blocks SIGINT, SIGTERM and SIGCHLD, then waits for one of them again and again: a
 //! dead child is reaped (it is pid 1 where a pod shares its pid namespace), the others end it.
 
@@ -9,7 +9,7 @@ use lighter_engine::image::Descriptor;
 use lighter_store::Labels;
 
 /// Name of the image in the CRI namespace.
-pub const NAME: &str = "localhost/lighter/pause:1";
+pub const NAME: &str = "localhost/lighter/pause:1.1";
 
 /// Where the program is loaded.
 const BASE: u64 = 0x40_0000;
@@ -145,25 +145,42 @@ pub fn blobs() -> [Blob; 3] {
     [layer, config, manifest]
 }
 
-/// A tar of one executable file, `pause`. Format: POSIX ustar.
+/// What a runtime mounts over in the image: directories end in `/`. With them in place the root can
+/// be a read-only view that needs no writable layer.
+const MOUNT_POINTS: [&str; 5] = ["dev/", "etc/", "etc/resolv.conf", "proc/", "sys/"];
+
+/// A tar of the mount points and one executable file, `pause`. Format: POSIX ustar.
 fn tar(file: &[u8]) -> Vec<u8> {
-    let mut header = [0_u8; 512];
-    header[..5].copy_from_slice(b"pause");
-    header[100..107].copy_from_slice(b"0000755");
-    header[108..115].copy_from_slice(b"0000000");
-    header[116..123].copy_from_slice(b"0000000");
-    header[124..135].copy_from_slice(format!("{:011o}", file.len()).as_bytes());
-    header[136..147].copy_from_slice(b"00000000000");
-    header[148..156].copy_from_slice(b"        ");
-    header[156] = b'0';
-    header[257..265].copy_from_slice(b"ustar\x0000");
-    let sum: u32 = header.iter().map(|b| u32::from(*b)).sum();
-    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-    let mut tar = header.to_vec();
+    let mut tar = Vec::new();
+    for name in MOUNT_POINTS {
+        let (mode, kind) = if name.ends_with('/') {
+            (0o755, b'5')
+        } else {
+            (0o644, b'0')
+        };
+        tar.extend_from_slice(&header(name, mode, kind, 0));
+    }
+    tar.extend_from_slice(&header("pause", 0o755, b'0', file.len()));
     tar.extend_from_slice(file);
     // Padding to a block, and two empty ones at the end.
     tar.resize(tar.len().next_multiple_of(512) + 1024, 0);
     tar
+}
+
+fn header(name: &str, mode: u32, kind: u8, size_bytes: usize) -> [u8; 512] {
+    let mut header = [0_u8; 512];
+    header[..name.len()].copy_from_slice(name.as_bytes());
+    header[100..107].copy_from_slice(format!("{mode:07o}").as_bytes());
+    header[108..115].copy_from_slice(b"0000000");
+    header[116..123].copy_from_slice(b"0000000");
+    header[124..135].copy_from_slice(format!("{size_bytes:011o}").as_bytes());
+    header[136..147].copy_from_slice(b"00000000000");
+    header[148..156].copy_from_slice(b"        ");
+    header[156] = kind;
+    header[257..265].copy_from_slice(b"ustar\x0000");
+    let sum: u32 = header.iter().map(|b| u32::from(*b)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    header
 }
 
 #[cfg(test)]

@@ -90,12 +90,13 @@ impl Images {
         let named = Named::parse(text).map_err(|e| {
             Error::unknown(format!("failed to parse image reference {text:?}: {e}"))
         })?;
-        let reference = named.name();
+        let reference = named.canonical();
         let pull = Pull {
             reference: reference.clone(),
             session: SessionOptions {
                 credentials: credentials(auth)?,
                 headers: self.headers(),
+                host_dir: self.config.registry.config_path.clone().into(),
                 ..SessionOptions::default()
             },
             select: Select::host(),
@@ -162,8 +163,8 @@ impl Images {
         let id = manifest.config.digest.to_string();
         let repository = format!("{}/{}", named.domain(), named.path());
         let mut names = vec![id.clone(), format!("{repository}@{}", pulled.target.digest)];
-        if let Some(tag) = named.tag() {
-            names.push(format!("{repository}:{tag}"));
+        if named.digest().is_none() {
+            names.push(named.canonical());
         }
         let mut labels = Labels::from([(MANAGED_LABEL.0.to_owned(), MANAGED_LABEL.1.to_owned())]);
         if self

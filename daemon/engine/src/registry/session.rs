@@ -90,7 +90,7 @@ pub struct SessionOptions {
     pub credentials: Arc<dyn Credentials>,
     /// Headers for every request to the registry's hosts.
     pub headers: BTreeMap<String, String>,
-    /// Configuration directory instead of the daemon's; empty: the daemon's.
+    /// Configuration directories instead of the daemon's, joined by `:`; empty: the daemon's.
     pub host_dir: PathBuf,
     /// `http` or `https` where nothing else says; empty: the daemon's.
     pub default_scheme: String,
@@ -171,7 +171,7 @@ impl Registry {
     ) -> Result<Session, Error> {
         let mut config = self.inner.config.hosts.clone();
         if !options.host_dir.as_os_str().is_empty() {
-            config.roots = vec![options.host_dir];
+            config.roots = std::env::split_paths(&options.host_dir).collect();
         }
         if !options.default_scheme.is_empty() {
             config.default_scheme = options.default_scheme;
