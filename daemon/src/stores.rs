@@ -13,13 +13,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use lighter_proto::errdefs::{ErrorKind, WireError, render};
-use lighter_snapshotter::{Native, Overlayfs, OverlayfsConfig, Proxy, Snapshotter};
+use lighter_proto::errdefs::{Classify as _, ErrorKind, WireError, render};
+use lighter_snapshotter::{
+    Blockfile, BlockfileConfig, Erofs, ErofsConfig, Native, Overlayfs, OverlayfsConfig, Proxy,
+    Snapshotter, mount,
+};
 use lighter_store::content::Local;
 use lighter_store::events::Exchange;
 use lighter_store::metadata::{Db, SharingPolicy};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::plugin::Plugin;
@@ -27,6 +30,8 @@ use crate::plugin::builtins::{kind, skipped};
 
 /// Directory of the database below the root.
 const DATABASE: &str = "io.containerd.metadata.v1.sled";
+/// Snapshotters of this process.
+pub(crate) const BUILT_IN: [&str; 4] = ["overlayfs", "native", "erofs", "blockfile"];
 /// How often a database that changed is exported.
 const EXPORT_EVERY: Duration = Duration::from_secs(300);
 
@@ -67,7 +72,12 @@ pub(crate) fn open(config: &Config) -> anyhow::Result<Stores> {
                 snapshotters.insert(id, snapshotter);
             }
             Err(error) => {
-                warn!(snapshotter = %id, %error, "snapshotter left out");
+                // What the machine or the file does not offer is no fault.
+                if error.kind == ErrorKind::FailedPrecondition {
+                    info!(snapshotter = %id, %error, "snapshotter left out");
+                } else {
+                    warn!(snapshotter = %id, %error, "snapshotter left out");
+                }
                 plugins.push(plugin.failed(error));
             }
         }
@@ -130,7 +140,7 @@ type Opened = Result<Arc<dyn Snapshotter>, WireError>;
 /// Every snapshotter that is configured, whether it could be opened or not.
 fn drivers(config: &Config, kv: &lighter_kv::Db) -> Vec<(String, Opened)> {
     let mut drivers = Vec::new();
-    for id in ["overlayfs", "native"] {
+    for id in BUILT_IN {
         let uri = format!("{}.{id}", kind::SNAPSHOTTER);
         let opened = if config.disabled(&uri) {
             Err(skipped(&uri))
@@ -160,31 +170,66 @@ fn builtin(config: &Config, kv: &lighter_kv::Db, id: &str) -> Opened {
         }
     };
     let prefix = format!("snapshotter/{id}/");
-    if id == "native" {
-        let root = root(&config.plugins.native.root_path);
-        let driver = Native::open(kv.clone(), prefix.as_bytes(), &root).map_err(failed)?;
-        return Ok(Arc::new(driver));
+    let (kv, prefix, plugins) = (kv.clone(), prefix.as_bytes(), &config.plugins);
+    let opened: Result<Arc<dyn Snapshotter>, _> = match id {
+        "native" => {
+            let root = root(&plugins.native.root_path);
+            Native::open(kv, prefix, &root).map(|driver| Arc::new(driver) as _)
+        }
+        "erofs" => {
+            let erofs = &plugins.erofs;
+            let config = ErofsConfig {
+                root: root(&erofs.root_path),
+                ovl_mount_options: erofs.ovl_mount_options.clone(),
+                enable_fsverity: erofs.enable_fsverity,
+                set_immutable: erofs.set_immutable,
+                default_size_bytes: default_size(&erofs.default_size)?,
+            };
+            Erofs::open(kv, prefix, config).map(|driver| Arc::new(driver) as _)
+        }
+        "blockfile" => {
+            let blockfile = &plugins.blockfile;
+            let config = BlockfileConfig {
+                root: root(&blockfile.root_path),
+                scratch_file: PathBuf::from(&blockfile.scratch_file),
+                fs_type: blockfile.fs_type.clone(),
+                mount_options: blockfile.mount_options.clone(),
+                recreate_scratch: blockfile.recreate_scratch,
+            };
+            Blockfile::open(kv, prefix, config).map(|driver| Arc::new(driver) as _)
+        }
+        _ => {
+            let overlay = &plugins.overlayfs;
+            let config = OverlayfsConfig {
+                root: root(&overlay.root_path),
+                upperdir_label: overlay.upperdir_label,
+                sync_remove: overlay.sync_remove,
+                slow_chown: overlay.slow_chown,
+                mount_options: overlay.mount_options.clone(),
+            };
+            Overlayfs::open(kv, prefix, config).map(|driver| Arc::new(driver) as _)
+        }
+    };
+    opened.map_err(failed)
+}
+
+fn default_size(text: &str) -> Result<u64, WireError> {
+    match text {
+        "" => Ok(0),
+        text => mount::size_bytes(text).ok_or_else(|| {
+            WireError::new(
+                ErrorKind::InvalidArgument,
+                format!("failed to parse default_size {text:?}: want a size such as 64MiB"),
+            )
+        }),
     }
-    let overlay = &config.plugins.overlayfs;
-    let driver = Overlayfs::open(
-        kv.clone(),
-        prefix.as_bytes(),
-        OverlayfsConfig {
-            root: root(&overlay.root_path),
-            upperdir_label: overlay.upperdir_label,
-            sync_remove: overlay.sync_remove,
-            slow_chown: overlay.slow_chown,
-            mount_options: overlay.mount_options.clone(),
-        },
-    )
-    .map_err(failed)?;
-    Ok(Arc::new(driver))
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "used as `map_err(failed)`")]
 fn failed(error: lighter_snapshotter::Error) -> WireError {
-    WireError::new(
-        ErrorKind::Unknown,
-        format!("{}: skip plugin", render(&error)),
-    )
+    let kind = match error.kind() {
+        ErrorKind::FailedPrecondition => ErrorKind::FailedPrecondition,
+        _ => ErrorKind::Unknown,
+    };
+    WireError::new(kind, format!("{}: skip plugin", render(&error)))
 }

@@ -15,6 +15,7 @@ use lighter_store::metadata::Db;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
+use crate::stores::BUILT_IN;
 
 /// The snapshotter that is taken where nobody names one.
 const PREFERRED: &str = "overlayfs";
@@ -33,7 +34,7 @@ pub(crate) fn build(
     tasks: TaskTracker,
 ) -> anyhow::Result<Transfer> {
     let proxies = config.proxies.keys().map(String::as_str);
-    let snapshotters: Vec<String> = ["overlayfs", "native", "erofs", "blockfile"]
+    let snapshotters: Vec<String> = BUILT_IN
         .into_iter()
         .chain(proxies)
         .filter(|id| db.snapshots(id).is_ok())

@@ -43,6 +43,24 @@ pub(crate) fn copy_tree(from: &Path, to: &Path) -> Result<(), Error> {
         .map_err(Error::io("copy snapshot", from))
 }
 
+/// Copies the data of file `from` to the new file `to`, durably; holes stay holes.
+///
+/// # Errors
+/// When `to` exists, or the system refuses; what was made of `to` stays.
+pub(crate) fn copy_image(from: &Path, to: &Path) -> Result<(), Error> {
+    let copy = || {
+        let source = OwnedFd::from(File::open(from)?);
+        let target = File::options().write(true).create_new(true).open(to)?;
+        let target = OwnedFd::from(target);
+        if ioctl_ficlone(&target, &source).is_err() {
+            copy_data(&source, &target, &rustix::fs::fstat(&source)?)?;
+        }
+        fchmod(&target, Mode::RUSR | Mode::WUSR)?;
+        File::from(target).sync_all()
+    };
+    copy().map_err(Error::io("copy snapshot to", to))
+}
+
 struct Copy<'a> {
     /// Where the first link of an inode went, relative to the target's root.
     linked: HashMap<(u64, u64), CString>,

@@ -1,8 +1,8 @@
 //! The directories behind the records: `<root>/snapshots/<id>`.
 //!
 //! Records decide. A directory whose number no record has is garbage, and so is anything there that
-//! is not a number; a number is never used twice while something of that name exists. Nothing is
-//! synced: a directory lost with the power is found missing at the next open.
+//! is not a number; a number is never used twice while something of that name exists. New
+//! directories are not synced: one lost with the power is found missing at the next open.
 
 use std::fs;
 use std::io;
@@ -63,6 +63,11 @@ impl Dirs {
             next_id: AtomicU64::new(1),
             umask: current_umask(),
         })
+    }
+
+    /// Writes everything on this filesystem to disk.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        Ok(rustix::fs::syncfs(&self.snapshots)?)
     }
 
     /// Starts numbering above `highest`.

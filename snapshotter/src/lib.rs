@@ -8,9 +8,12 @@
 //!
 //! Spec: containerd's snapshots service; the rules are those its clients rely on.
 
+mod blockfile;
 mod copy;
 mod dirs;
+mod erofs;
 mod error;
+mod flush;
 mod local;
 pub mod mount;
 mod native;
@@ -30,18 +33,23 @@ use std::time::SystemTime;
 
 use async_trait::async_trait;
 
+pub use blockfile::{Blockfile, Config as BlockfileConfig};
+pub use erofs::{Config as ErofsConfig, Erofs};
 pub use error::Error;
 pub use mount::Mount;
 pub use native::Native;
 pub use overlayfs::{Config as OverlayfsConfig, Overlayfs};
 pub use proxy::Proxy;
 pub use serve::Serve;
+pub use sys::enable_verity;
 pub use usage::disk_usage;
 
 /// Label: uid map of a snapshot, `container:host:size[,…]`.
 pub const LABEL_UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
 /// Label: gid map of a snapshot, `container:host:size[,…]`.
 pub const LABEL_GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
+/// Label: most bytes that an active snapshot may hold, where the driver has a bound.
+pub const LABEL_MAX_SIZE: &str = "containerd.io/snapshot/max-size";
 /// Label shown by overlayfs when configured: the upper directory.
 pub const LABEL_UPPER_DIR: &str = "containerd.io/snapshot/overlay.upperdir";
 
@@ -119,6 +127,9 @@ pub struct CommitOptions {
     pub labels: Labels,
     /// Parent to put under an active snapshot that has none (capability `rebase`).
     pub parent: Option<String>,
+    /// The caller has seen [`Snapshotter::sync`] return since the last file was written, so the
+    /// commit need not sync.
+    pub synced: bool,
 }
 
 /// A source of root filesystems.
@@ -172,6 +183,12 @@ pub trait Snapshotter: Send + Sync + fmt::Debug {
     /// Waits until everything answered so far is durable; for callers without a database of
     /// their own behind it.
     async fn durable(&self) -> Result<(), Error>;
+
+    /// Waits until the files written into active snapshots so far are on disk. One call before many
+    /// commits (with [`CommitOptions::synced`]) is cheaper than what each commit does by itself.
+    async fn sync(&self) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// What clients may rely on, e.g. `rebase`, `remap-ids` (plugin capabilities).
     fn capabilities(&self) -> Vec<String> {

@@ -3,16 +3,21 @@
 //! Making: plan (read only) → directory → record. Removing: record → wait until that is durable →
 //! directory. So a kill at any point leaves at most a directory without a record, which the next
 //! open counts as garbage, and never a record without its directory.
+//!
+//! Committing: files on disk → record. Files are written by others through mounts, so "on disk" is a
+//! `syncfs`, shared by all commits that wait for one; who commits many layers syncs once before
+//! (see [`CommitOptions::synced`]).
 
 use std::collections::HashSet;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use lighter_kv::Db;
 
 use crate::dirs::{Dirs, remove_tree};
+use crate::flush::Flush;
 use crate::storage::{Draft, Record, Records, check_active};
 use crate::{CommitOptions, Error, Info, Kind, LabelUpdate, Labels, Mount, Snapshotter, Usage};
 
@@ -27,10 +32,23 @@ pub(crate) trait Driver: Send + Sync + fmt::Debug + 'static {
     /// Measures an active snapshot.
     fn usage(&self, dirs: &Dirs, record: &Record) -> Result<Usage, Error>;
 
-    /// Finishes the directory of an active snapshot that is about to be committed.
-    fn seal(&self, _dirs: &Dirs, _record: &Record) -> Result<(), Error> {
-        Ok(())
+    /// Finishes the files of an active snapshot that is about to be committed, and measures them.
+    /// The commit may still fail: nothing that the active snapshot needs may go.
+    fn seal(&self, dirs: &Dirs, record: &Record) -> Result<Usage, Error> {
+        self.usage(dirs, record)
     }
+
+    /// The commit stands: what only the active snapshot needed may go.
+    fn sealed(&self, _dirs: &Dirs, _record: &Record) {}
+
+    /// Whether [`Driver::seal`] leaves everything on disk by itself; if not, a commit syncs the
+    /// filesystem.
+    fn seals_durably(&self) -> bool {
+        false
+    }
+
+    /// What must happen before `path` (of a snapshot, or garbage) can be removed.
+    fn release(&self, _path: &Path) {}
 
     /// Adds labels that are shown but not stored.
     fn decorate(&self, _dirs: &Dirs, _record: &Record, _labels: &mut Labels) {}
@@ -56,6 +74,7 @@ struct Inner<D> {
     records: Records,
     dirs: Dirs,
     removal: Removal,
+    flush: Flush,
     /// Things that may go: left by a crash, or by removed snapshots. Numbers are not reused, so
     /// nothing that is being made can be among them.
     garbage: Mutex<Vec<PathBuf>>,
@@ -85,6 +104,7 @@ impl<D: Driver> Local<D> {
             records: Records::open(db, prefix)?,
             dirs,
             removal,
+            flush: Flush::default(),
             garbage: Mutex::default(),
         };
         inner.reconcile()?;
@@ -209,10 +229,23 @@ impl<D: Driver> Inner<D> {
                 key: name.to_owned(),
             });
         }
-        self.driver.seal(&self.dirs, &record)?;
-        let usage = self.driver.usage(&self.dirs, &record)?;
+        let usage = self.driver.seal(&self.dirs, &record)?;
+        if !options.synced {
+            self.sync()?;
+        }
         drop(self.records.commit(name, key, options, usage)?);
+        self.driver.sealed(&self.dirs, &record);
         Ok(())
+    }
+
+    /// Returns when the files written so far are on disk.
+    fn sync(&self) -> Result<(), Error> {
+        if self.driver.seals_durably() {
+            return Ok(());
+        }
+        self.flush
+            .run(|| self.dirs.sync())
+            .map_err(Error::io("sync the filesystem of", self.dirs.root()))
     }
 
     fn remove(&self, key: &str) -> Result<(), Error> {
@@ -226,6 +259,7 @@ impl<D: Driver> Inner<D> {
             }
             Removal::Sync => {
                 ticket.wait_blocking()?;
+                self.driver.release(&path);
                 self.dirs.remove(record.id).inspect_err(|_| {
                     lock(&self.garbage).push(path);
                 })
@@ -242,6 +276,7 @@ impl<D: Driver> Inner<D> {
         self.records.durable().wait_blocking()?;
         let mut first_error = None;
         for path in garbage {
+            self.driver.release(&path);
             if let Err(error) = remove_tree(&path) {
                 lock(&self.garbage).push(path);
                 first_error.get_or_insert(error);
@@ -330,6 +365,10 @@ impl<D: Driver> Snapshotter for Local<D> {
         Ok(self.inner.records.durable().wait().await?)
     }
 
+    async fn sync(&self) -> Result<(), Error> {
+        self.blocking(Inner::sync).await
+    }
+
     fn capabilities(&self) -> Vec<String> {
         self.inner.driver.capabilities()
     }
@@ -415,6 +454,9 @@ macro_rules! delegate {
             }
             async fn durable(&self) -> Result<(), crate::Error> {
                 self.0.durable().await
+            }
+            async fn sync(&self) -> Result<(), crate::Error> {
+                self.0.sync().await
             }
             fn capabilities(&self) -> Vec<String> {
                 self.0.capabilities()

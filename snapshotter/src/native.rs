@@ -43,7 +43,10 @@ impl Driver for Copying {
         match record.parent_ids.first() {
             // A view of a parent is the parent itself; its own directory stays empty.
             Some(parent) if record.info.kind == Kind::Active => {
-                copy_tree(&dirs.path(*parent), &dirs.path(record.id))
+                copy_tree(&dirs.path(*parent), &dirs.path(record.id))?;
+                // The record may outlive the power; half a copy must not pass for a whole one.
+                dirs.sync()
+                    .map_err(Error::io("sync the filesystem of", dirs.root()))
             }
             _ => Ok(()),
         }

@@ -118,32 +118,30 @@ fn bind(source: String, mut options: Vec<String>, access: &str) -> Vec<Mount> {
     }]
 }
 
-impl Overlay {
-    /// The owner of a new snapshot's root when it is not the daemon's.
-    fn owner(dirs: &Dirs, record: &Record) -> Result<Option<(u32, u32)>, Error> {
-        let label = |name: &str| record.info.labels.get(name).map(String::as_str);
-        if let (Some(uid), Some(gid)) = (label(LABEL_UID_MAPPING), label(LABEL_GID_MAPPING)) {
-            let pair = root_pair(uid, gid).ok_or_else(|| Error::Invalid {
-                reason: format!(
-                    "labels {LABEL_UID_MAPPING}={uid:?} and {LABEL_GID_MAPPING}={gid:?} do not map \
-                     root: want container:host:size[,…]: invalid argument"
-                ),
-            })?;
-            return Ok(Some(pair));
-        }
-        let Some(parent) = record.parent_ids.first() else {
-            return Ok(None);
-        };
-        let path = format!("{parent}/fs");
-        let stat = statat(dirs.snapshots(), &path, AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(|e| Error::io("read owner of", dirs.path(*parent).join("fs"))(e.into()))?;
-        Ok(Some((stat.st_uid, stat.st_gid)).filter(|pair| *pair != (0, 0)))
+/// The owner of a new snapshot's root when it is not the daemon's.
+pub(crate) fn owner(dirs: &Dirs, record: &Record) -> Result<Option<(u32, u32)>, Error> {
+    let label = |name: &str| record.info.labels.get(name).map(String::as_str);
+    if let (Some(uid), Some(gid)) = (label(LABEL_UID_MAPPING), label(LABEL_GID_MAPPING)) {
+        let pair = root_pair(uid, gid).ok_or_else(|| Error::Invalid {
+            reason: format!(
+                "labels {LABEL_UID_MAPPING}={uid:?} and {LABEL_GID_MAPPING}={gid:?} do not map \
+                 root: want container:host:size[,…]: invalid argument"
+            ),
+        })?;
+        return Ok(Some(pair));
     }
+    let Some(parent) = record.parent_ids.first() else {
+        return Ok(None);
+    };
+    let path = format!("{parent}/fs");
+    let stat = statat(dirs.snapshots(), &path, AtFlags::SYMLINK_NOFOLLOW)
+        .map_err(|e| Error::io("read owner of", dirs.path(*parent).join("fs"))(e.into()))?;
+    Ok(Some((stat.st_uid, stat.st_gid)).filter(|pair| *pair != (0, 0)))
 }
 
 impl Driver for Overlay {
     fn create(&self, dirs: &Dirs, record: &Record) -> Result<(), Error> {
-        let owner = Self::owner(dirs, record)?;
+        let owner = owner(dirs, record)?;
         let id = record.id.to_string();
         dirs.make(&id, 0o700)?;
         let fs = format!("{id}/fs");
@@ -211,7 +209,7 @@ impl Driver for Overlay {
 }
 
 /// overlayfs needs file types from `readdir`; without them it hides deletions silently.
-fn check_file_types(root: &Path) -> Result<(), Error> {
+pub(crate) fn check_file_types(root: &Path) -> Result<(), Error> {
     let failed = |e: rustix::io::Errno| Error::io("check file types in", root)(e.into());
     let probe = tempfile::Builder::new()
         .prefix("check-")
@@ -235,14 +233,14 @@ fn check_file_types(root: &Path) -> Result<(), Error> {
 }
 
 /// Whether root here is not the machine's root.
-fn in_user_namespace() -> bool {
+pub(crate) fn in_user_namespace() -> bool {
     let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     let mut words = map.split_whitespace();
     !(words.next() == Some("0") && words.next() == Some("0") && words.next() == Some("4294967295"))
 }
 
 /// Whether overlayfs takes lower directories with shifted owners from this filesystem.
-fn remaps_ids(root: &Path) -> bool {
+pub(crate) fn remaps_ids(root: &Path) -> bool {
     // Idmapped layers under overlayfs came with Linux 5.19.
     let release = rustix::system::uname();
     let release = release.release().to_string_lossy().into_owned();

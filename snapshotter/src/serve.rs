@@ -147,6 +147,7 @@ impl Snapshots for Serve {
         let options = CommitOptions {
             labels: request.labels.into_iter().collect(),
             parent: parent(&request.parent).map(str::to_owned),
+            ..CommitOptions::default()
         };
         self.snapshotter
             .commit(&request.name, &request.key, options)

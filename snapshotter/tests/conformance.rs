@@ -5,9 +5,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use lighter_kv::Db;
-use lighter_snapshotter::testsuite::{self, Subject};
+use lighter_proto::errdefs::{Classify, ErrorKind};
+use lighter_snapshotter::mount::{Access, TempMount};
+use lighter_snapshotter::testsuite::{self, Form, Subject};
 use lighter_snapshotter::{
-    CommitOptions, LABEL_GID_MAPPING, LABEL_UID_MAPPING, LABEL_UPPER_DIR, Labels, Native,
+    Blockfile, BlockfileConfig, CommitOptions, Erofs, ErofsConfig, LABEL_GID_MAPPING, LABEL_UID_MAPPING, LABEL_UPPER_DIR, Labels, Native,
     Overlayfs, OverlayfsConfig, Proxy, Serve, Snapshotter,
 };
 
@@ -44,6 +46,196 @@ async fn native_keeps_the_contract() {
         Arc::new(Native::open(Db::in_memory().unwrap(), b"s/native/", &root).unwrap()) as Subject
     })
     .await;
+}
+
+/// An empty filesystem for the blockfile driver.
+fn scratch(path: &Path) {
+    let file = std::fs::File::create_new(path).unwrap();
+    file.set_len(24 << 20).unwrap();
+    let made = std::process::Command::new("mkfs.ext4")
+        .args(["-q", "-F", "-O", "^has_journal", "-m", "0"])
+        .arg(path)
+        .status();
+    assert!(made.expect("mkfs.ext4 (e2fsprogs)").success());
+    let image = lighter_snapshotter::Mount {
+        fstype: "ext4".to_owned(),
+        source: path.to_str().unwrap().to_owned(),
+        options: vec!["loop".to_owned()],
+        ..lighter_snapshotter::Mount::default()
+    };
+    let mounted = TempMount::new(path.parent().unwrap(), &[image], Access::AsGiven).unwrap();
+    std::fs::remove_dir(mounted.path().join("lost+found")).unwrap();
+    mounted.close().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blockfile_keeps_the_contract() {
+    let dir = tempfile::tempdir().unwrap();
+    let scratch_file = dir.path().join("empty.img");
+    scratch(&scratch_file);
+    testsuite::run_as(Form::Image, |root| {
+        let config = BlockfileConfig {
+            root,
+            scratch_file: scratch_file.clone(),
+            ..BlockfileConfig::default()
+        };
+        let driver = Blockfile::open(Db::in_memory().unwrap(), b"s/blockfile/", config).unwrap();
+        std::future::ready(Arc::new(driver) as Subject)
+    })
+    .await;
+}
+
+#[test]
+fn blockfile_without_a_scratch_file_says_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = BlockfileConfig {
+        root: dir.path().join("root"),
+        ..BlockfileConfig::default()
+    };
+    let error = Blockfile::open(Db::in_memory().unwrap(), b"s/", config).unwrap_err();
+    assert!(
+        error.to_string().starts_with("no scratch file generator: set scratch_file"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn blockfile_hands_out_the_mounts_clients_know() {
+    let dir = tempfile::tempdir().unwrap();
+    let scratch_file = dir.path().join("empty.img");
+    std::fs::write(&scratch_file, "not looked at").unwrap();
+    let root = dir.path().join("root");
+    let open = |recreate_scratch| {
+        let config = BlockfileConfig {
+            root: root.clone(),
+            scratch_file: scratch_file.clone(),
+            mount_options: vec!["noatime".to_owned()],
+            recreate_scratch,
+            ..BlockfileConfig::default()
+        };
+        Blockfile::open(Db::in_memory().unwrap(), b"s/", config).unwrap()
+    };
+    let subject = open(false);
+    let mounts = subject.prepare("a", None, Labels::new()).await.unwrap();
+    let at = |name: &str| root.join(name).to_str().unwrap().to_owned();
+    assert_eq!(
+        (mounts[0].fstype.as_str(), mounts[0].source.clone()),
+        ("ext4", at("snapshots/1"))
+    );
+    assert_eq!(mounts[0].options, ["noatime", "loop", "rw"]);
+    subject
+        .commit("c", "a", CommitOptions::default())
+        .await
+        .unwrap();
+    let mounts = subject.view("v", Some("c"), Labels::new()).await.unwrap();
+    assert_eq!(mounts[0].source, at("snapshots/1"));
+    assert_eq!(mounts[0].options, ["noatime", "loop", "ro"]);
+    drop(subject);
+    std::fs::write(&scratch_file, "changed").unwrap();
+    let scratch = || std::fs::read_to_string(root.join("scratch")).unwrap();
+    drop(open(false));
+    assert_eq!(scratch(), "not looked at");
+    drop(open(true));
+    assert_eq!(scratch(), "changed");
+}
+
+/// `None` where the kernel or the machine has no EROFS, with the reason on standard error.
+fn erofs(root: &Path, change: impl FnOnce(&mut ErofsConfig)) -> Option<Erofs> {
+    let mut config = ErofsConfig {
+        root: root.to_owned(),
+        ..ErofsConfig::default()
+    };
+    change(&mut config);
+    match Erofs::open(Db::in_memory().unwrap(), b"s/erofs/", config) {
+        Ok(driver) => Some(driver),
+        Err(error) if error.kind() == ErrorKind::FailedPrecondition => {
+            eprintln!("skipped: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn erofs_keeps_the_contract() {
+    let dir = tempfile::tempdir().unwrap();
+    if erofs(dir.path(), |_| {}).is_none() {
+        return;
+    }
+    testsuite::run_as(Form::ImageAtCommit, |root| {
+        let driver = erofs(&root, |c| c.set_immutable = true).unwrap();
+        std::future::ready(Arc::new(driver) as Subject)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn erofs_with_bounded_layers_keeps_the_contract() {
+    let dir = tempfile::tempdir().unwrap();
+    if erofs(dir.path(), |_| {}).is_none() {
+        return;
+    }
+    testsuite::run_as(Form::BoundedImage, |root| {
+        let driver = erofs(&root, |c| c.default_size_bytes = 16 << 20).unwrap();
+        std::future::ready(Arc::new(driver) as Subject)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn erofs_hands_out_the_mounts_clients_know() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    let Some(subject) = erofs(&root, |c| c.ovl_mount_options = vec!["volatile".to_owned()]) else {
+        return;
+    };
+    let at = |rest: &str| format!("{}/snapshots/{rest}", root.display());
+    let mounts = subject.prepare("a", None, Labels::new()).await.unwrap();
+    assert_eq!(
+        (mounts[0].fstype.as_str(), mounts[0].source.clone()),
+        ("bind", at("1/fs"))
+    );
+    assert_eq!(mounts[0].options, ["rw", "rbind"]);
+    assert!(Path::new(&at("1/.erofslayer")).exists());
+    std::fs::write(at("1/fs/file"), "x").unwrap();
+    let commit = |name: &'static str| subject.commit(name, "a", CommitOptions::default());
+    commit("1").await.unwrap();
+    assert_eq!(std::fs::read_dir(at("1/fs")).unwrap().count(), 0);
+    let mounts = subject.view("v", Some("1"), Labels::new()).await.unwrap();
+    assert_eq!(
+        (mounts[0].fstype.as_str(), mounts[0].source.clone()),
+        ("erofs", at("1/layer.erofs"))
+    );
+    assert_eq!(mounts[0].options, ["ro", "loop"]);
+    let mounts = subject
+        .prepare("a", Some("1"), Labels::new())
+        .await
+        .unwrap();
+    assert_eq!(mounts.len(), 2);
+    assert_eq!(
+        (mounts[1].fstype.as_str(), mounts[1].source.as_str()),
+        ("format/mkdir/overlay", "overlay")
+    );
+    assert_eq!(
+        mounts[1].options,
+        [
+            format!("workdir={}", at("3/work")),
+            format!("upperdir={}", at("3/fs")),
+            "lowerdir={{ mount 0 }}".to_owned(),
+            "volatile".to_owned()
+        ]
+    );
+    commit("2").await.unwrap();
+    let mounts = subject.view("v2", Some("2"), Labels::new()).await.unwrap();
+    let sources: Vec<_> = mounts.iter().map(|m| m.source.clone()).collect();
+    assert_eq!(
+        sources,
+        [at("3/layer.erofs"), at("1/layer.erofs"), "overlay".to_owned()]
+    );
+    assert_eq!(
+        mounts[2].options,
+        ["lowerdir={{ overlay 0 1 }}", "volatile"]
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

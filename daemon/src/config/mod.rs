@@ -247,6 +247,13 @@ impl Config {
                 .into_iter()
                 .map(|name| format!("ignoring the table of unknown plugin {name}")),
         );
+        if plugins.erofs.max_unmerged_layers > 0 {
+            warnings.push(
+                "plugins.'io.containerd.snapshotter.v1.erofs'.max_unmerged_layers has no effect: \
+                 layers are always mounted apart"
+                    .to_owned(),
+            );
+        }
         let (uid, gid) = (
             nix::unistd::geteuid().as_raw(),
             nix::unistd::getegid().as_raw(),

@@ -133,6 +133,7 @@ impl Snapshots for SnapshotsService {
         let options = CommitOptions {
             labels: labels(r.labels),
             parent: parent(&r.parent).map(str::to_owned),
+            ..CommitOptions::default()
         };
         let snapshots = self.of(&r.snapshotter)?;
         let committed = snapshots.commit(&scope, &r.name, &r.key, options).await;

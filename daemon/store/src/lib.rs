@@ -14,7 +14,6 @@ pub mod ident;
 pub mod labels;
 pub mod metadata;
 pub mod scope;
-mod sys;
 
 pub use digest::Digest;
 pub use error::Error;

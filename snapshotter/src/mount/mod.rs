@@ -12,7 +12,10 @@ mod loopdev;
 mod mountinfo;
 pub mod options;
 mod overlay;
+mod prepare;
+mod stack;
 mod temp;
+mod template;
 mod unmount;
 
 use std::io;
@@ -25,7 +28,9 @@ pub use apply::{mount_all, mount_at};
 pub use detached::Detached;
 pub use idmap::{IdMap, root_pair};
 pub use mountinfo::{Entry, entries_below, is_mountpoint};
+pub use prepare::{has_prefix, ready, size_bytes};
 pub use temp::{Access, TempMount};
+pub use template::Made;
 pub use unmount::{unmount, unmount_all, unmount_recursive};
 
 /// One mount, as fstab would say it.
@@ -64,6 +69,12 @@ pub enum Error {
         /// What was asked.
         what: &'static str,
     },
+    /// A prefix of the type could not be carried out.
+    #[error("{reason}")]
+    Prepare {
+        /// Why.
+        reason: String,
+    },
     /// A mount helper program failed.
     #[error("mount helper {helper} failed: {stderr}")]
     Helper {
@@ -101,7 +112,9 @@ impl Error {
 impl Classify for Error {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::Option { .. } | Self::TooLong => ErrorKind::InvalidArgument,
+            Self::Option { .. } | Self::TooLong | Self::Prepare { .. } => {
+                ErrorKind::InvalidArgument
+            }
             Self::Unsupported { .. } => ErrorKind::Unimplemented,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 ErrorKind::NotFound
@@ -135,12 +148,21 @@ impl Mount {
         dirs
     }
 
+    /// The type without its prefixes (`overlay` of `format/mkdir/overlay`).
+    #[must_use]
+    pub fn kind(&self) -> &str {
+        match self.fstype.rsplit_once('/') {
+            Some((_, kind)) => kind,
+            None => &self.fstype,
+        }
+    }
+
     /// The same mount without write access: `ro` for `rw`, and an overlay without its upper
     /// directory (its upper becomes the topmost lower), so that it may be mounted a second time.
     #[must_use]
     pub fn read_only(&self) -> Self {
         let mut mount = self.clone();
-        if mount.fstype == "overlay" {
+        if mount.kind() == "overlay" {
             if let Some(upper) = self.option("upperdir").map(str::to_owned) {
                 mount.options.retain(|o| {
                     !o.starts_with("upperdir=") && !o.starts_with("workdir=") && o != "volatile"
@@ -153,8 +175,17 @@ impl Mount {
             }
             return mount;
         }
+        let image = mount.fstype.starts_with("mkfs/");
+        if image && !std::path::Path::new(&mount.source).exists() {
+            // Made by this very mount; there is nothing yet to keep as it is.
+            return mount;
+        }
         mount.options.retain(|o| o != "rw" && o != "ro");
         mount.options.push("ro".to_owned());
+        if image && mount.kind() == "ext4" {
+            // Whoever writes to it replays its journal.
+            mount.options.push("noload".to_owned());
+        }
         mount
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Error, Mount, mount_all, unmount_recursive};
+use super::{Error, Mount, mount_all, stack, unmount_recursive};
 
 /// What a temporary mount may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +20,8 @@ pub struct TempMount {
 }
 
 impl TempMount {
-    /// Makes a directory in `below` and carries the mounts out on it.
+    /// Makes a directory in `below` and carries the mounts out on it; those that are made of others
+    /// (`format/…`) as well.
     ///
     /// `volatile` is dropped: a temporary overlay would leave a mark that forbids the next mount.
     ///
@@ -34,7 +35,11 @@ impl TempMount {
         let mounts: Vec<Mount> = mounts.iter().map(|m| adapt(m, access)).collect();
         // From here on the drop of `temp` cleans up.
         let temp = Self { path: dir.keep() };
-        mount_all(&mounts, &temp.path)?;
+        if stack::is_stack(&mounts) {
+            stack::mount(&mounts, &temp.path, below)?;
+        } else {
+            mount_all(&mounts, &temp.path)?;
+        }
         Ok(temp)
     }
 
@@ -60,7 +65,7 @@ pub(super) fn adapt(mount: &Mount, access: Access) -> Mount {
         Access::AsGiven => mount.clone(),
         Access::ReadOnly => mount.read_only(),
     };
-    if mount.fstype == "overlay" {
+    if mount.kind() == "overlay" {
         mount.options.retain(|o| o != "volatile");
     }
     mount

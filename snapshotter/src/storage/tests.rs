@@ -123,6 +123,7 @@ fn step_records(records: &Records, step: &Step, id: u64) -> bool {
             let options = CommitOptions {
                 labels: Labels::new(),
                 parent: parent.map(|p| p.to_string()),
+                ..CommitOptions::default()
             };
             records
                 .commit(

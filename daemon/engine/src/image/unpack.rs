@@ -244,6 +244,7 @@ impl Unpacker {
             let options = CommitOptions {
                 labels,
                 parent: None,
+                ..CommitOptions::default()
             };
             let committed = job
                 .snapshots

@@ -8,12 +8,12 @@ use std::time::SystemTime;
 use lighter_proto::errdefs::{Classify, ErrorKind};
 use lighter_proto::time::{from_nanos, to_nanos};
 use lighter_snapshotter::Mount;
-use lighter_snapshotter::mount::{mount_at, unmount_all};
+use lighter_snapshotter::mount::{Made, has_prefix, mount_at, ready, unmount_all};
 use lighter_store::{Labels, Namespace};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use super::{loopdev, prepare, template};
+use super::loopdev;
 
 /// Directory below the state directory.
 const DIR: &str = "io.containerd.mount-manager.v1.bolt";
@@ -328,30 +328,14 @@ impl Mounts {
 
     /// The mount with its prefixes carried out, left to right.
     fn ready(&self, mount: &Mount, active: &[Active]) -> Result<Mount, Error> {
-        let invalid = |reason: String| Error::Invalid { reason };
-        let mut mount = mount.clone();
-        let mut ours = prepare::take_ours(&mut mount);
-        while let Some((prefix, rest)) = mount.fstype.split_once('/') {
-            let (prefix, rest) = (prefix.to_owned(), rest.to_owned());
-            match prefix.as_str() {
-                "format" => {
-                    let fill = |text: &str| template::fill(text, active).map_err(invalid);
-                    mount.source = fill(&mount.source)?;
-                    mount.target = fill(&mount.target)?;
-                    for option in &mut mount.options {
-                        *option = fill(option)?;
-                    }
-                    for (_, value) in &mut ours {
-                        *value = fill(value)?;
-                    }
-                }
-                "mkfs" => prepare::mkfs(&mount, &ours, &self.inner.roots).map_err(invalid)?,
-                "mkdir" => prepare::mkdir(&ours, &self.inner.roots).map_err(invalid)?,
-                other => return Err(invalid(format!("unknown mount transformation {other:?}"))),
-            }
-            mount.fstype = rest;
-        }
-        Ok(mount)
+        let made: Vec<Made<'_>> = active
+            .iter()
+            .map(|active| Made {
+                mount: &active.mount,
+                point: &active.mount_point,
+            })
+            .collect();
+        ready(mount, &made, &self.inner.roots).map_err(|reason| Error::Invalid { reason })
     }
 
     /// Undoes an activation, last mount first. Repeatable after a failure. Blocks.
@@ -421,10 +405,7 @@ pub(crate) fn needed(mounts: &[Mount]) -> bool {
 
 /// Whether a mount needs more than the kernel.
 fn needs_us(mount: &Mount) -> bool {
-    mount.fstype == "loop"
-        || ["format/", "mkfs/", "mkdir/"]
-            .iter()
-            .any(|prefix| mount.fstype.starts_with(prefix))
+    mount.fstype == "loop" || has_prefix(mount)
 }
 
 fn write(path: &Path, key: &Key, activation: &Activation, complete: bool) -> Result<(), String> {

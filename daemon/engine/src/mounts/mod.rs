@@ -1,8 +1,8 @@
 //! Managed mount activations: mounts that the kernel alone cannot do.
 //!
 //! A mount's type may carry prefixes, applied left to right: `format/` fills templates in from
-//! what is mounted already (`template.rs`), `mkfs/` makes a filesystem image first, `mkdir/` makes
-//! directories (`prepare.rs`); type `loop` attaches a file to a loop device (`loopdev.rs`).
+//! what is mounted already, `mkfs/` makes a filesystem image first, `mkdir/` makes directories (all
+//! three: `lighter_snapshotter::mount::ready`); type `loop` attaches a file to a loop device (`loopdev.rs`).
 //! Everything up to the last mount that needs any of this is mounted here (`manager.rs`), the rest
 //! is the caller's.
 //!
@@ -16,8 +16,6 @@
 
 mod loopdev;
 mod manager;
-mod prepare;
-mod template;
 
 pub(crate) use manager::needed;
 pub use manager::{Activation, Active, Error, Mounts};

@@ -31,7 +31,7 @@ use super::{
     ingest_not_found,
 };
 use crate::digest::Algorithm;
-use crate::{Digest, Error, sys};
+use crate::{Digest, Error};
 
 /// Longest small file of an ingest that is read, in bytes.
 const SMALL_FILE_BYTES: u64 = 64 << 10;
@@ -86,7 +86,7 @@ impl Layout {
         if !self.verity.load(Ordering::Relaxed) {
             return;
         }
-        if let Err(error) = File::open(path).and_then(|file| sys::enable_verity(&file)) {
+        if let Err(error) = File::open(path).and_then(|file| lighter_snapshotter::enable_verity(&file)) {
             match error.raw_os_error().map(nix::errno::Errno::from_raw) {
                 Some(nix::errno::Errno::EEXIST) => {}
                 Some(nix::errno::Errno::ETXTBSY) => {

@@ -562,6 +562,7 @@ impl Snapshots {
         let below = CommitOptions {
             labels: inherited(&options.labels),
             parent: parent.map(|parent| parent.backend),
+            synced: options.synced,
         };
         if let Err(error) = self.driver.commit(&backend, &active.backend, below).await {
             let ((), _nothing_to_wait_for) = self.inner.apply(|change| {

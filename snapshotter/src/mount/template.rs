@@ -1,15 +1,24 @@
 //! `{{ … }}` in the mounts of `format/`: what is mounted already, by index.
 
-use super::manager::Active;
+use super::Mount;
 
 /// Most bytes that a filled-in text may have: a page is what the kernel takes of options.
 const MAX_BYTES: usize = 64 << 10;
+
+/// A mount that was made already, for those after it.
+#[derive(Debug, Clone, Copy)]
+pub struct Made<'a> {
+    /// The mount.
+    pub mount: &'a Mount,
+    /// Where it is mounted.
+    pub point: &'a str,
+}
 
 /// Fills `text` in: `source i`, `target i`, `mount i`, `overlay start end`.
 ///
 /// # Errors
 /// For an unknown function, an index that is not mounted, or an open brace.
-pub(super) fn fill(text: &str, active: &[Active]) -> Result<String, String> {
+pub(super) fn fill(text: &str, active: &[Made<'_>]) -> Result<String, String> {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(begin) = rest.find("{{") {
@@ -28,7 +37,7 @@ pub(super) fn fill(text: &str, active: &[Active]) -> Result<String, String> {
     Ok(out)
 }
 
-fn call(text: &str, active: &[Active]) -> Result<String, String> {
+fn call(text: &str, active: &[Made<'_>]) -> Result<String, String> {
     let words: Vec<&str> = text.trim_matches('-').split_whitespace().collect();
     let index = |word: &str| -> Result<usize, String> {
         let index: usize = word
@@ -43,12 +52,12 @@ fn call(text: &str, active: &[Active]) -> Result<String, String> {
     match words.as_slice() {
         ["source", i] => Ok(active[index(i)?].mount.source.clone()),
         ["target", i] => Ok(active[index(i)?].mount.target.clone()),
-        ["mount", i] => Ok(active[index(i)?].mount_point.clone()),
+        ["mount", i] => Ok(active[index(i)?].point.to_owned()),
         ["overlay", start, end] => {
             let (start, end) = (index(start)?, index(end)?);
             let points = |range: &mut dyn Iterator<Item = usize>| {
                 range
-                    .map(|i| active[i].mount_point.as_str())
+                    .map(|i| active[i].point)
                     .collect::<Vec<_>>()
                     .join(":")
             };
@@ -64,26 +73,23 @@ fn call(text: &str, active: &[Active]) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use lighter_snapshotter::Mount;
-
     use super::*;
-
-    fn active() -> Vec<Active> {
-        (0..3)
-            .map(|i| Active {
-                mount: Mount {
-                    source: format!("/s{i}"),
-                    ..Mount::default()
-                },
-                mounted_at: std::time::SystemTime::UNIX_EPOCH,
-                mount_point: format!("/m{i}"),
-            })
-            .collect()
-    }
 
     #[test]
     fn functions_name_what_is_mounted_in_the_order_of_their_arguments() {
-        let fill = |text: &str| fill(text, &active());
+        let mounts: Vec<Mount> = (0..3)
+            .map(|i| Mount {
+                source: format!("/s{i}"),
+                ..Mount::default()
+            })
+            .collect();
+        let points = ["/m0", "/m1", "/m2"];
+        let made: Vec<Made<'_>> = mounts
+            .iter()
+            .zip(points)
+            .map(|(mount, point)| Made { mount, point })
+            .collect();
+        let fill = |text: &str| fill(text, &made);
         assert_eq!(
             fill("lowerdir={{ overlay 2 0 }}").unwrap(),
             "lowerdir=/m2:/m1:/m0"

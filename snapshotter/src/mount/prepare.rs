@@ -1,13 +1,13 @@
-//! What comes before a mount: `mkfs/` makes an image file, `mkdir/` makes directories.
+//! What comes before a mount whose type has prefixes: `format/` fills templates in from what is
+//! mounted already, `mkfs/` makes an image file, `mkdir/` makes directories.
 
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown};
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 
-use lighter_snapshotter::Mount;
-
-use super::loopdev::output;
+use super::Mount;
+use super::template::{Made, fill};
 
 /// Options that are instructions, not words for the kernel.
 const OURS: &str = "X-containerd.";
@@ -16,8 +16,61 @@ const DIR_MODE: u32 = 0o700;
 /// Largest image that is made.
 const MAX_IMAGE_BYTES: u64 = 1 << 44;
 
+/// Prefixes of a type that are carried out here.
+const PREFIXES: [&str; 3] = ["format/", "mkfs/", "mkdir/"];
+
+/// Whether a mount's type has prefixes.
+#[must_use]
+pub fn has_prefix(mount: &Mount) -> bool {
+    PREFIXES
+        .iter()
+        .any(|prefix| mount.fstype.starts_with(prefix))
+}
+
+/// The mount with the prefixes of its type carried out, left to right. `made` are the mounts before
+/// it; files and directories are made below `roots` only.
+///
+/// # Errors
+/// What is wrong with the mount, or why something could not be made.
+pub fn ready(mount: &Mount, made: &[Made<'_>], roots: &[PathBuf]) -> Result<Mount, String> {
+    let mut mount = mount.clone();
+    let mut ours = take_ours(&mut mount);
+    while let Some((prefix, rest)) = mount.fstype.split_once('/') {
+        let (prefix, rest) = (prefix.to_owned(), rest.to_owned());
+        match prefix.as_str() {
+            "format" => {
+                mount.source = fill(&mount.source, made)?;
+                mount.target = fill(&mount.target, made)?;
+                for option in &mut mount.options {
+                    *option = fill(option, made)?;
+                }
+                for (_, value) in &mut ours {
+                    *value = fill(value, made)?;
+                }
+            }
+            "mkfs" => mkfs(&mount, &ours, roots)?,
+            "mkdir" => mkdir(&ours, roots)?,
+            other => return Err(format!("unknown mount transformation {other:?}")),
+        }
+        mount.fstype = rest;
+    }
+    Ok(mount)
+}
+
+/// Runs a program; what it printed, or why it failed.
+fn output(command: &mut Command) -> Result<String, String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().map_err(|e| format!("{name}: {e}"))?;
+    if output.status.success() {
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    } else {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        Err(format!("{name}: {}: {}", stderr.trim(), output.status))
+    }
+}
+
 /// Takes the options that are instructions off a mount; each as name and value.
-pub(super) fn take_ours(mount: &mut Mount) -> Vec<(String, String)> {
+fn take_ours(mount: &mut Mount) -> Vec<(String, String)> {
     let mut ours = Vec::new();
     mount
         .options
@@ -36,7 +89,7 @@ pub(super) fn take_ours(mount: &mut Mount) -> Vec<(String, String)> {
 ///
 /// # Errors
 /// For instructions that make no sense, or when the image cannot be made; it is removed then.
-pub(super) fn mkfs(
+fn mkfs(
     mount: &Mount,
     ours: &[(String, String)],
     roots: &[PathBuf],
@@ -46,7 +99,7 @@ pub(super) fn mkfs(
         values.next().map(|(_, value)| value.as_str())
     };
     let size = value("mkfs.size").ok_or("mkfs needs option X-containerd.mkfs.size")?;
-    let size = bytes(size).ok_or_else(|| format!("X-containerd.mkfs.size={size} is no size"))?;
+    let size = size_bytes(size).ok_or_else(|| format!("X-containerd.mkfs.size={size} is no size"))?;
     let kind = value("mkfs.fs").unwrap_or("ext4");
     if !matches!(kind, "ext2" | "ext3" | "ext4" | "xfs") {
         return Err(format!(
@@ -89,7 +142,7 @@ pub(super) fn mkfs(
 ///
 /// # Errors
 /// For a path outside the roots, or when one cannot be made.
-pub(super) fn mkdir(ours: &[(String, String)], roots: &[PathBuf]) -> Result<(), String> {
+fn mkdir(ours: &[(String, String)], roots: &[PathBuf]) -> Result<(), String> {
     for (_, value) in ours.iter().filter(|(name, _)| name == "mkdir.path") {
         let words: Vec<&str> = value.split(':').collect();
         let bad =
@@ -102,6 +155,9 @@ pub(super) fn mkdir(ours: &[(String, String)], roots: &[PathBuf]) -> Result<(), 
         };
         let path = Path::new(path);
         beneath(path, roots)?;
+        if path.is_dir() {
+            continue;
+        }
         let mode = mode
             .filter(|m| !m.is_empty())
             .map_or(Ok(DIR_MODE), |m| u32::from_str_radix(m, 8))
@@ -144,7 +200,8 @@ fn beneath(path: &Path, roots: &[PathBuf]) -> Result<(), String> {
 }
 
 /// A size with an optional unit: `64MiB`, `64M`, `1g`, `4096`.
-fn bytes(text: &str) -> Option<u64> {
+#[must_use]
+pub fn size_bytes(text: &str) -> Option<u64> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(text.len());
@@ -168,10 +225,10 @@ mod tests {
 
     #[test]
     fn sizes_have_units_and_bounds() {
-        assert_eq!(bytes("64MiB"), Some(64 << 20));
-        assert_eq!(bytes("10"), Some(10));
+        assert_eq!(size_bytes("64MiB"), Some(64 << 20));
+        assert_eq!(size_bytes("10"), Some(10));
         for bad in ["", "0", "x", "1q", "99999999999999999999", "99999t"] {
-            assert_eq!(bytes(bad), None, "{bad}");
+            assert_eq!(size_bytes(bad), None, "{bad}");
         }
     }
 
