@@ -1,8 +1,11 @@
 //! CRI's three tables of the configuration file, typed.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
 
 /// Everything CRI is configured by.
 #[derive(Debug, Clone, Default)]
@@ -369,6 +372,68 @@ impl Default for Cni {
             conf_template: String::new(),
             ip_pref: String::new(),
             use_internal_loopback: false,
+        }
+    }
+}
+
+/// A Go duration such as `1m30s`; `None` for empty text, which is the default.
+///
+/// # Errors
+/// For text of another form; the message names `key`.
+pub(crate) fn duration(key: &str, text: &str) -> Result<Option<Duration>> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let invalid = || {
+        Error::invalid(format!(
+            "{key}: {text:?} is not a duration such as \"1m30s\""
+        ))
+    };
+    if text == "0" {
+        return Ok(Some(Duration::ZERO));
+    }
+    let (mut total, mut rest) = (0.0_f64, text);
+    while !rest.is_empty() {
+        let digits = rest
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .ok_or_else(invalid)?;
+        let number: f64 = rest[..digits].parse().map_err(|_| invalid())?;
+        rest = &rest[digits..];
+        let letters = rest
+            .find(|c: char| c.is_ascii_digit() || c == '.')
+            .unwrap_or(rest.len());
+        let unit = match &rest[..letters] {
+            "h" => 3600.0,
+            "m" => 60.0,
+            "s" => 1.0,
+            "ms" => 1e-3,
+            "us" | "\u{b5}s" | "\u{3bc}s" => 1e-6,
+            "ns" => 1e-9,
+            _ => return Err(invalid()),
+        };
+        total += number * unit;
+        rest = &rest[letters..];
+    }
+    Duration::try_from_secs_f64(total)
+        .map(Some)
+        .map_err(|_| invalid())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn go_durations_are_read() {
+        let read = |text: &str| duration("k", text).unwrap();
+        assert_eq!(read(""), None);
+        assert_eq!(read("4h0m0s"), Some(Duration::from_secs(14400)));
+        assert_eq!(read("1.5s"), Some(Duration::from_millis(1500)));
+        assert_eq!(read("100ms"), Some(Duration::from_millis(100)));
+        assert_eq!(read("0s"), Some(Duration::ZERO));
+        for bad in ["5", "s", "1x", "-1s", "1s2"] {
+            let error = duration("k", bad).unwrap_err().to_string();
+            assert!(error.starts_with("k: "), "{error}");
         }
     }
 }

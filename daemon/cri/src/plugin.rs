@@ -23,7 +23,7 @@ use crate::config;
 use crate::error::{Error, Result};
 use crate::image::Images;
 use crate::json::Json;
-use crate::runtime::Backend;
+use crate::runtime::{Backend, History};
 use crate::spec::resources::Machine;
 use crate::store::Store;
 use crate::streaming;
@@ -106,6 +106,7 @@ pub struct Plugin {
     pub(crate) store: Arc<Store>,
     pub(crate) cni: Cni,
     pub(crate) json: Json,
+    pub(crate) stats: History,
     pub(crate) streaming: OnceLock<Arc<streaming::Server>>,
     pub(crate) tracker: TaskTracker,
     pub(crate) stop: CancellationToken,
@@ -148,6 +149,17 @@ impl Plugin {
             ..cni::Config::with_root(&root)
         })
         .await;
+        let stats = History::new(
+            config::duration(
+                "stats_collect_period",
+                &parts.config.runtime.stats_collect_period,
+            )?,
+            config::duration(
+                "stats_retention_period",
+                &parts.config.runtime.stats_retention_period,
+            )?,
+            Duration::from_secs(parts.config.images.stats_collect_period),
+        );
         let plugin = Arc::new(Self {
             machine: Machine::detect(parts.config.runtime.disable_hugetlb_controller),
             config: parts.config,
@@ -162,6 +174,7 @@ impl Plugin {
             store: Arc::default(),
             cni,
             json: Json::new()?,
+            stats,
             streaming: OnceLock::new(),
             tracker: parts.tracker,
             stop: parts.stop,
@@ -213,6 +226,9 @@ impl Plugin {
         let (this, stop) = (Arc::clone(self), self.stop.clone());
         self.tracker
             .spawn(async move { stop.run_until_cancelled(this.follow_oom()).await });
+        let (this, stop) = (Arc::clone(self), self.stop.clone());
+        self.tracker
+            .spawn(async move { stop.run_until_cancelled(this.sample()).await });
     }
 
     /// The runtime handler of a name; empty for the default.

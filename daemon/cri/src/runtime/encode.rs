@@ -8,7 +8,11 @@ use lighter_proto::time;
 use crate::plugin::Plugin;
 use crate::store::{Container, Pod};
 
-fn selected(labels: &HashMap<String, String>, selector: &HashMap<String, String>) -> bool {
+/// Whether labels have everything that a selector asks.
+pub(super) fn selected(
+    labels: &HashMap<String, String>,
+    selector: &HashMap<String, String>,
+) -> bool {
     selector.iter().all(|(k, v)| labels.get(k) == Some(v))
 }
 

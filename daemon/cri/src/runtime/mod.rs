@@ -1,20 +1,25 @@
 //! Pods and containers over the engine: one file per group of calls.
 
+mod checkpoint;
 mod containers;
 mod encode;
 mod events;
 mod exec;
 mod files;
 mod info;
+mod metrics;
 mod network;
 mod pods;
 mod records;
 mod rpc;
 mod service;
+mod stats;
 mod stop;
+mod update;
 
 pub use exec::Backend;
 pub use service::RuntimeEdge;
+pub(crate) use stats::History;
 
 use rand::Rng as _;
 

@@ -31,7 +31,7 @@ pub(super) const CONTAINER: (&str, &str) = (
     "github.com/containerd/cri/pkg/store/container/Metadata",
 );
 /// Type of a spec.
-const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+pub(super) const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 
 /// What a record is made of.
 pub(super) struct New<'a> {

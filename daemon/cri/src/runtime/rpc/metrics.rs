@@ -3,37 +3,38 @@
 use std::sync::Arc;
 
 use futures::stream::BoxStream;
-use lighter_proto::errdefs::ErrorKind;
 use lighter_proto::runtime::v1 as api;
 use tonic::Status;
 
-use crate::error::{Error, Result};
+use super::batches;
+use crate::error::Result;
 use crate::plugin::Plugin;
-
-fn missing(name: &str) -> Error {
-    Error::new(
-        ErrorKind::Unimplemented,
-        format!("{name} is not implemented"),
-    )
-}
+use crate::runtime::metrics::descriptors;
 
 pub(in crate::runtime) async fn list_metric_descriptors(
     _: Arc<Plugin>,
     _: api::ListMetricDescriptorsRequest,
 ) -> Result<api::ListMetricDescriptorsResponse> {
-    Err(missing("ListMetricDescriptors"))
+    let descriptors = descriptors();
+    Ok(api::ListMetricDescriptorsResponse { descriptors })
 }
 
 pub(in crate::runtime) async fn list_pod_sandbox_metrics(
-    _: Arc<Plugin>,
+    this: Arc<Plugin>,
     _: api::ListPodSandboxMetricsRequest,
 ) -> Result<api::ListPodSandboxMetricsResponse> {
-    Err(missing("ListPodSandboxMetrics"))
+    let pod_metrics = this.list_metrics().await;
+    Ok(api::ListPodSandboxMetricsResponse { pod_metrics })
 }
 
 pub(in crate::runtime) async fn stream_pod_sandbox_metrics(
-    _: Arc<Plugin>,
+    this: Arc<Plugin>,
     _: api::StreamPodSandboxMetricsRequest,
 ) -> Result<BoxStream<'static, Result<api::StreamPodSandboxMetricsResponse, Status>>> {
-    Err(missing("StreamPodSandboxMetrics"))
+    let items = this.list_metrics().await;
+    Ok(batches(&items, |pod_sandbox_metrics| {
+        api::StreamPodSandboxMetricsResponse {
+            pod_sandbox_metrics,
+        }
+    }))
 }

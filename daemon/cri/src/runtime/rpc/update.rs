@@ -2,29 +2,30 @@
 
 use std::sync::Arc;
 
-use lighter_proto::errdefs::ErrorKind;
 use lighter_proto::runtime::v1 as api;
 
 use crate::error::{Error, Result};
 use crate::plugin::Plugin;
 
-fn missing(name: &str) -> Error {
-    Error::new(
-        ErrorKind::Unimplemented,
-        format!("{name} is not implemented"),
-    )
-}
-
 pub(in crate::runtime) async fn update_container_resources(
-    _: Arc<Plugin>,
-    _: api::UpdateContainerResourcesRequest,
+    this: Arc<Plugin>,
+    request: api::UpdateContainerResourcesRequest,
 ) -> Result<api::UpdateContainerResourcesResponse> {
-    Err(missing("UpdateContainerResources"))
+    let container = this.store.container(&request.container_id)?;
+    let asked = request
+        .linux
+        .ok_or_else(|| Error::invalid("linux resources are required"))?;
+    this.update_container(&container, asked, request.annotations)
+        .await?;
+    Ok(api::UpdateContainerResourcesResponse {})
 }
 
 pub(in crate::runtime) async fn update_pod_sandbox_resources(
-    _: Arc<Plugin>,
-    _: api::UpdatePodSandboxResourcesRequest,
+    this: Arc<Plugin>,
+    request: api::UpdatePodSandboxResourcesRequest,
 ) -> Result<api::UpdatePodSandboxResourcesResponse> {
-    Err(missing("UpdatePodSandboxResources"))
+    let pod = this.store.pod(&request.pod_sandbox_id)?;
+    this.update_pod(&pod, request.overhead, request.resources)
+        .await?;
+    Ok(api::UpdatePodSandboxResourcesResponse {})
 }
