@@ -9,8 +9,9 @@ pub mod gc;
 pub mod image;
 mod ingest;
 pub mod mounts;
-pub mod registry;
 pub mod runtime;
 pub mod sandbox;
 pub mod streaming;
 pub mod transfer;
+
+pub use lighter_registry as registry;

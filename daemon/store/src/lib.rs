@@ -6,17 +6,14 @@
 //! containers that run.
 
 pub mod content;
-pub mod digest;
 pub mod error;
 pub mod events;
 pub mod filter;
-pub mod ident;
 pub mod labels;
 pub mod metadata;
 pub mod scope;
 
-pub use digest::Digest;
 pub use error::Error;
-pub use ident::{Identifier, Namespace};
 pub use labels::Labels;
+pub use lighter_floor::{Digest, Identifier, Namespace, digest, ident};
 pub use scope::Scope;

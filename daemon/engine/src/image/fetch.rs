@@ -15,7 +15,7 @@ use tracing::debug;
 use super::children::{Layers, gc_labels, ingest_ref, source_label};
 use super::manifest::{self, Document, MAX_DOCUMENT_BYTES};
 use super::{Descriptor, Error, Locks, Tracker};
-use crate::registry::{self, Session, Sink};
+use crate::registry::{self, Session, Sink, SinkError};
 
 /// First pause while somebody else writes the same ref; doubles up to [`MAX_PAUSE`].
 const MIN_PAUSE: Duration = Duration::from_millis(16);
@@ -175,8 +175,10 @@ impl Fetcher {
         let mut labels = labels.clone();
         self.add_source(&mut labels, None);
         if let Some(mut writer) = self.writer(descriptor).await? {
-            if writer.offset() != descriptor.size_bytes || writer.status().expected.is_none() {
-                writer.reset().await?;
+            if writer.status().offset_bytes != descriptor.size_bytes
+                || writer.status().expected.is_none()
+            {
+                writer.truncate(0).await?;
                 writer.write(bytes).await?;
             }
             let size = descriptor.size_bytes;
@@ -285,12 +287,13 @@ impl Fetcher {
             return Ok(());
         };
         let fetched = if let Some(data) = descriptor.embedded() {
-            writer.reset().await?;
+            writer.truncate(0).await?;
             writer
                 .write(Bytes::copy_from_slice(data))
                 .await
                 .map_err(Error::from)
-        } else if writer.offset() == descriptor.size_bytes && descriptor.size_bytes > 0 {
+        } else if writer.status().offset_bytes == descriptor.size_bytes && descriptor.size_bytes > 0
+        {
             // Another namespace has it, or the last attempt ended just before its commit.
             Ok(())
         } else {
@@ -302,13 +305,13 @@ impl Fetcher {
                 .map_err(|_| Error::Abandoned)?;
             options
                 .tracker
-                .set(descriptor, "downloading", writer.offset());
+                .set(descriptor, "downloading", writer.status().offset_bytes);
             let progress = |bytes| {
                 held.progress(bytes);
                 options.tracker.set(descriptor, "downloading", bytes);
             };
             session
-                .fetch(&descriptor.target(), &mut writer, &progress)
+                .fetch(&descriptor.target(), &mut Ingest(&mut writer), &progress)
                 .await
                 .map_err(Error::from)
         };
@@ -364,31 +367,34 @@ impl Sink for Memory {
     fn offset(&self) -> u64 {
         self.bytes.len() as u64
     }
-    async fn digest(&mut self) -> Result<Digest, lighter_store::Error> {
+    async fn digest(&mut self) -> Result<Digest, SinkError> {
         Ok(Digest::of(&self.bytes))
     }
-    async fn write(&mut self, data: Bytes) -> Result<(), lighter_store::Error> {
+    async fn write(&mut self, data: Bytes) -> Result<(), SinkError> {
         self.bytes.extend_from_slice(&data);
         Ok(())
     }
-    async fn reset(&mut self) -> Result<(), lighter_store::Error> {
+    async fn reset(&mut self) -> Result<(), SinkError> {
         self.bytes.clear();
         Ok(())
     }
 }
 
+/// An ingest of the content store as what a registry fetches into.
+struct Ingest<'a>(&'a mut Writer);
+
 #[async_trait]
-impl Sink for Writer {
+impl Sink for Ingest<'_> {
     fn offset(&self) -> u64 {
-        self.status().offset_bytes
+        self.0.status().offset_bytes
     }
-    async fn digest(&mut self) -> Result<Digest, lighter_store::Error> {
-        Self::digest(self).await
+    async fn digest(&mut self) -> Result<Digest, SinkError> {
+        Ok(self.0.digest().await?)
     }
-    async fn write(&mut self, data: Bytes) -> Result<(), lighter_store::Error> {
-        Self::write(self, data).await
+    async fn write(&mut self, data: Bytes) -> Result<(), SinkError> {
+        Ok(self.0.write(data).await?)
     }
-    async fn reset(&mut self) -> Result<(), lighter_store::Error> {
-        Self::truncate(self, 0).await
+    async fn reset(&mut self) -> Result<(), SinkError> {
+        Ok(self.0.truncate(0).await?)
     }
 }

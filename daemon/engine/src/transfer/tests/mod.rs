@@ -1,6 +1,9 @@
 //! Transfers end to end: real stores, a registry and clients in this process.
 
 mod bench;
+#[path = "../../../../registry/src/tests/server.rs"]
+#[allow(dead_code, reason = "the registry crate's tests use all of it")]
+mod server;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -9,11 +12,11 @@ use lighter_proto::errdefs::{Classify, ErrorKind};
 use lighter_store::Digest;
 
 use self::bench::{Bench, TestImage, tar_of};
+use self::server::{Reply, Server};
 use super::*;
 use crate::image::Matcher;
 use crate::image::children::Layers;
 use crate::registry::SessionOptions;
-use crate::registry::tests::server::{Reply, Server};
 
 fn pull(server: &Server, name: &str) -> Pull {
     Pull {

@@ -14,12 +14,12 @@ use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use http::header::{ACCEPT, CONTENT_RANGE, RANGE};
 use http::{HeaderValue, Method, StatusCode};
-use lighter_store::Digest;
+use lighter_floor::Digest;
 use reqwest::{Response, Url};
 use tracing::debug;
 
 use super::encoding::Decoder;
-use super::error::TransportCause;
+use super::error::{SinkError, TransportCause};
 use super::request::{self, Call, Place};
 use super::session::{Endpoint, Limits, Session};
 use super::{Error, MANIFEST_TYPES, Target};
@@ -36,17 +36,17 @@ pub trait Sink: Send {
     ///
     /// # Errors
     /// When the sink no longer knows.
-    async fn digest(&mut self) -> Result<Digest, lighter_store::Error>;
+    async fn digest(&mut self) -> Result<Digest, SinkError>;
     /// Appends.
     ///
     /// # Errors
     /// When the bytes cannot be kept.
-    async fn write(&mut self, data: Bytes) -> Result<(), lighter_store::Error>;
+    async fn write(&mut self, data: Bytes) -> Result<(), SinkError>;
     /// Throws everything away.
     ///
     /// # Errors
     /// When that fails.
-    async fn reset(&mut self) -> Result<(), lighter_store::Error>;
+    async fn reset(&mut self) -> Result<(), SinkError>;
 }
 
 /// Called with the sink's offset after every write.
@@ -114,7 +114,7 @@ impl Session {
             };
             let error = match outcome {
                 Ok(()) => return Ok(()),
-                Err(error @ Error::Store(_)) => return Err(error),
+                Err(error @ Error::Sink(_)) => return Err(error),
                 Err(error) => error,
             };
             debug!(digest = %target.digest, host = %source.endpoint.host.authority, %error, "not fetched");

@@ -6,8 +6,8 @@
 
 use std::fmt;
 
+use lighter_floor::Digest;
 use lighter_proto::errdefs::{Classify, ErrorKind};
-use lighter_store::Digest;
 
 /// The registry that short names mean.
 pub const DEFAULT_DOMAIN: &str = "docker.io";
@@ -49,7 +49,7 @@ pub enum Error {
     },
     /// The digest is malformed or of an unknown algorithm.
     #[error(transparent)]
-    Digest(#[from] lighter_store::digest::Error),
+    Digest(#[from] lighter_floor::digest::Error),
     /// A transport reference has a scheme, a query, or does not parse.
     #[error("{text:?}: invalid reference: invalid argument")]
     Invalid {

@@ -11,7 +11,7 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
 use http::{HeaderValue, Method, StatusCode};
-use lighter_store::Digest;
+use lighter_floor::Digest;
 use reqwest::{Response, Url};
 
 use super::request::{self, BodySource, Call, Place};

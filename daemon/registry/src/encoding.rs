@@ -11,11 +11,14 @@ use http::header::CONTENT_ENCODING;
 const PIECE_BYTES: usize = 16 << 10;
 
 /// A decoder of one body.
-pub(crate) enum Decoder {
+pub enum Decoder {
     /// As sent.
     Identity,
+    /// Gzip.
     Gzip(flate2::write::MultiGzDecoder<Vec<u8>>),
+    /// Zlib, which HTTP calls deflate.
     Zlib(flate2::write::ZlibDecoder<Vec<u8>>),
+    /// Zstandard.
     Zstd(zstd::stream::write::Decoder<'static, Vec<u8>>),
 }
 
@@ -51,12 +54,12 @@ impl Decoder {
     }
 
     /// A decoder of gzip, several members after one another included.
-    pub(crate) fn gzip() -> Self {
+    pub fn gzip() -> Self {
         Self::Gzip(flate2::write::MultiGzDecoder::new(Vec::new()))
     }
 
     /// A decoder of zstd frames.
-    pub(crate) fn zstd() -> io::Result<Self> {
+    pub fn zstd() -> io::Result<Self> {
         zstd::stream::write::Decoder::new(Vec::new()).map(Self::Zstd)
     }
 
@@ -66,7 +69,7 @@ impl Decoder {
     }
 
     /// Decodes the next piece of the wire.
-    pub(crate) fn decode(&mut self, piece: Bytes) -> io::Result<Vec<Bytes>> {
+    pub fn decode(&mut self, piece: Bytes) -> io::Result<Vec<Bytes>> {
         if self.is_identity() {
             return Ok(vec![piece]);
         }
@@ -95,7 +98,7 @@ impl Decoder {
     }
 
     /// What is left at the end of the body.
-    pub(crate) fn finish(self) -> io::Result<Bytes> {
+    pub fn finish(self) -> io::Result<Bytes> {
         Ok(match self {
             Self::Identity => Bytes::new(),
             Self::Gzip(decoder) => decoder.finish()?.into(),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use http::header::ACCEPT;
 use http::{HeaderValue, Method, StatusCode};
-use lighter_store::Digest;
+use lighter_floor::Digest;
 use serde::Deserialize;
 
 use super::request::{self, Call, Place};

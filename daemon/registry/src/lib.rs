@@ -26,8 +26,8 @@ mod token;
 mod verify;
 
 pub use self::auth::{Anonymous, Credential, CredentialRequest, Credentials, OneHost, Secret};
-pub(crate) use self::encoding::Decoder;
-pub use self::error::{Error, TransportCause};
+pub use self::encoding::Decoder;
+pub use self::error::{Error, SinkError, TransportCause};
 pub use self::fetch::{Progress, Sink};
 pub use self::hosts::{Capabilities, Host, HostsConfig, Scheme};
 pub use self::push::{Blob, Open, Pushed};
@@ -35,11 +35,11 @@ pub use self::reference::Reference;
 pub use self::session::{Access, Config, Limits, Registry, Session, SessionOptions};
 
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 
 use std::collections::BTreeMap;
 
-use lighter_store::Digest;
+use lighter_floor::Digest;
 
 /// What a registry is asked for or answers with: one blob or manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]

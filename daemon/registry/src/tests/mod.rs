@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use lighter_floor::Digest;
 use lighter_proto::errdefs::{Classify, ErrorKind, render};
-use lighter_store::Digest;
 
 use self::server::{Asked, Reply, Server};
 use super::hosts::HostsConfig;
@@ -26,14 +26,14 @@ impl Sink for Memory {
     fn offset(&self) -> u64 {
         self.0.len() as u64
     }
-    async fn digest(&mut self) -> Result<Digest, lighter_store::Error> {
+    async fn digest(&mut self) -> Result<Digest, SinkError> {
         Ok(Digest::of(&self.0))
     }
-    async fn write(&mut self, data: Bytes) -> Result<(), lighter_store::Error> {
+    async fn write(&mut self, data: Bytes) -> Result<(), SinkError> {
         self.0.extend_from_slice(&data);
         Ok(())
     }
-    async fn reset(&mut self) -> Result<(), lighter_store::Error> {
+    async fn reset(&mut self) -> Result<(), SinkError> {
         self.0.clear();
         Ok(())
     }

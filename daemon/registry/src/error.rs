@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use http::StatusCode;
+use lighter_floor::Digest;
 use lighter_proto::errdefs::{Classify, ErrorKind};
-use lighter_store::Digest;
 
 use super::reference;
 
@@ -124,8 +124,24 @@ pub enum Error {
         reason: String,
     },
     /// The bytes could not be stored or read.
-    #[error(transparent)]
-    Store(#[from] lighter_store::Error),
+    #[error("{0}")]
+    Sink(SinkError),
+}
+
+/// Why a [`crate::Sink`] could not take bytes: any error that knows its class.
+#[derive(Debug)]
+pub struct SinkError(Box<dyn Classify + Send + Sync>);
+
+impl<E: Classify + Send + Sync + 'static> From<E> for SinkError {
+    fn from(error: E) -> Self {
+        Self(Box::new(error))
+    }
+}
+
+impl std::fmt::Display for SinkError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&lighter_proto::errdefs::render(&*self.0))
+    }
 }
 
 /// Why there was no answer.
@@ -166,6 +182,12 @@ impl Error {
     }
 }
 
+impl From<SinkError> for Error {
+    fn from(error: SinkError) -> Self {
+        Self::Sink(error)
+    }
+}
+
 impl Classify for Error {
     fn kind(&self) -> ErrorKind {
         match self {
@@ -175,7 +197,7 @@ impl Classify for Error {
             }
             Self::Digest { .. } | Self::Size { .. } => ErrorKind::FailedPrecondition,
             Self::Hosts { .. } | Self::Invalid { .. } => ErrorKind::InvalidArgument,
-            Self::Store(error) => error.kind(),
+            Self::Sink(error) => error.0.kind(),
             // Clients know these by text; upstream gives them no class either.
             Self::Denied
             | Self::Refused { .. }

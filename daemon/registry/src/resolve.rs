@@ -2,7 +2,7 @@
 
 use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE};
 use http::{HeaderValue, Method, StatusCode};
-use lighter_store::Digest;
+use lighter_floor::Digest;
 use reqwest::Response;
 
 use super::request::{self, Call, Place};
