@@ -163,6 +163,8 @@ impl App {
         let sandboxes = Sandboxes::new(db.events().clone());
         sandboxes.register("shim", ShimController::new(tasks.clone()));
         let streams = Streams::new();
+        collector.register(Arc::new(mounts.clone()));
+        collector.register(Arc::new(streams.clone()));
         let transfer = transfers::build(&config, db.clone(), streams.clone(), tracker.clone())?;
         let ended = transfer.recover().await?;
         info!(ended, "leases of unfinished transfers ended");

@@ -3,7 +3,7 @@
 use std::pin::Pin;
 
 use futures::Stream;
-use lighter_engine::mounts::{Activation, Mounts};
+use lighter_engine::mounts::{Activate, Activation, Mounts};
 use lighter_proto::containerd::services::mounts::v1 as api;
 use lighter_proto::containerd::services::mounts::v1::mounts_server::Mounts as MountsRpc;
 use lighter_proto::containerd::types::{ActivationInfo, ActiveMount};
@@ -12,7 +12,7 @@ use lighter_proto::time::to_timestamp;
 use tonic::{Request, Response, Status};
 
 use super::scope::scope_of;
-use super::wire::{labels, unordered};
+use super::wire::{filter, labels, unordered};
 
 /// Managed mounts.
 #[derive(Debug, Clone)]
@@ -70,8 +70,15 @@ impl MountsRpc for MountsService {
         let mounts: Vec<_> = request.mounts.into_iter().map(Into::into).collect();
         let (engine, labels) = (self.mounts.clone(), labels(request.labels));
         let (name, temporary) = (request.name, request.temporary);
-        let made =
-            blocking(move || engine.activate(&scope.namespace, &name, &mounts, labels, temporary));
+        let made = blocking(move || {
+            let wanted = Activate {
+                name: &name,
+                mounts: &mounts,
+                labels: &labels,
+                temporary,
+            };
+            engine.activate(&scope, wanted)
+        });
         Ok(Response::new(api::ActivateResponse {
             info: Some(encode(made.await?)),
         }))
@@ -114,7 +121,8 @@ impl MountsRpc for MountsService {
         request: Request<api::ListRequest>,
     ) -> Result<Response<Self::ListStream>, Status> {
         let scope = scope_of(&request)?;
-        let all = self.mounts.list(&scope.namespace);
+        let filter = filter(&request.get_ref().filters)?;
+        let all = self.mounts.list(&scope.namespace, &filter);
         let messages = all.into_iter().map(|activation| {
             Ok(api::ListMessage {
                 info: Some(encode(activation)),

@@ -6,9 +6,10 @@
 //! runs.
 
 use std::collections::HashMap;
+use std::time::SystemTime;
 
 use lighter_store::metadata::collect::Judge;
-use lighter_store::metadata::edges::{Fact, Node, Reach};
+use lighter_store::metadata::edges::{Condition, Fact, Node, Reach};
 
 /// Objects, what keeps what, and how far each was reached.
 #[derive(Debug, Default)]
@@ -16,6 +17,10 @@ pub struct Graph {
     index: HashMap<Node, usize>,
     objects: Vec<Object>,
     roots: Vec<(usize, Reach)>,
+    /// References whose targets say whether they hold: from, to, for which use.
+    conditional: Vec<(usize, usize, Condition)>,
+    /// Last uses, as labels have them.
+    used: HashMap<usize, SystemTime>,
 }
 
 #[derive(Debug, Default)]
@@ -50,11 +55,25 @@ impl Graph {
                 let (from, to) = (self.at(from), self.at(to));
                 self.objects[from].edges.push((to, by));
             }
+            Fact::Conditional { from, to, when } => {
+                let (from, to) = (self.at(from), self.at(to));
+                self.conditional.push((from, to, when));
+            }
+            Fact::UsedAt(node, at) => {
+                let node = self.at(node);
+                self.used.insert(node, at);
+            }
         }
     }
 
     /// Reaches everything that the roots keep.
     pub fn mark(&mut self) {
+        let now = SystemTime::now();
+        for (from, to, when) in std::mem::take(&mut self.conditional) {
+            if self.used.get(&to).is_some_and(|used| when.holds(*used, now)) {
+                self.objects[from].edges.push((to, Reach::Full));
+            }
+        }
         for (at, reach) in self.roots.clone() {
             self.reach(at, reach);
         }
@@ -284,6 +303,28 @@ mod tests {
             for (kept, _) in naive(&all, &now) {
                 prop_assert!(!graph.is_garbage(&node(kept)), "{} was taken", kept);
             }
+        }
+    }
+
+    #[test]
+    fn a_condition_asks_for_the_last_use_of_what_it_keeps() {
+        let minute = std::time::Duration::from_secs(60);
+        let ago = |minutes: u32| Some(SystemTime::now() - minute * minutes);
+        for (used, when, kept) in [
+            (ago(1), Condition::Within(minute * 2), true),
+            (ago(3), Condition::Within(minute * 2), false),
+            (ago(3), Condition::Before(minute * 2), true),
+            (None, Condition::Within(minute * 2), false),
+        ] {
+            let mut graph = graph(2, &[(0, Reach::Full)], &[]);
+            graph.state(Fact::Conditional { from: node(0), to: node(1), when });
+            if let Some(used) = used {
+                graph.state(Fact::UsedAt(node(1), used));
+            }
+            // What the keeper itself says of its use does not count.
+            graph.state(Fact::UsedAt(node(0), SystemTime::now()));
+            graph.mark();
+            assert_eq!(!graph.is_garbage(&node(1)), kept, "{used:?} {when:?}");
         }
     }
 

@@ -9,7 +9,7 @@ mod sweep;
 
 use async_trait::async_trait;
 use lighter_proto::errdefs::{Classify, ErrorKind, render};
-use lighter_store::metadata::edges::Kind;
+use lighter_store::metadata::edges::{Kind, Node};
 
 pub use self::mark::Graph;
 pub use self::scheduler::{Collector, Config};
@@ -44,10 +44,20 @@ pub struct Item {
     pub namespace: String,
     /// Its name, as reference labels have it.
     pub id: String,
-    /// The lease that owns it; one without is kept while it is active.
+    /// Tells it from one that had the name before or has it later.
+    pub serial: u64,
+    /// The lease that owns it.
     pub lease: Option<String>,
-    /// Whether it is in use.
-    pub active: bool,
+    /// Objects that its labels name as its keepers.
+    pub keepers: Vec<Node>,
+}
+
+impl Item {
+    /// Whether it stays for as long as it is active: nobody else was named to decide that.
+    #[must_use]
+    pub fn is_root(&self) -> bool {
+        self.lease.is_none() && self.keepers.is_empty()
+    }
 }
 
 /// An engine whose objects are collected.
@@ -57,6 +67,6 @@ pub trait Collectable: Send + Sync + std::fmt::Debug {
     fn kind(&self) -> Kind;
     /// All of them; must not wait.
     fn items(&self) -> Vec<Item>;
-    /// Removes one that nothing keeps, unless it came into use meanwhile.
-    async fn remove(&self, namespace: &str, id: &str) -> Result<(), lighter_store::Error>;
+    /// Removes one that nothing keeps; one that is gone, or was replaced, is fine.
+    async fn remove(&self, item: &Item) -> Result<(), lighter_store::Error>;
 }

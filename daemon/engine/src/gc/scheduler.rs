@@ -142,9 +142,8 @@ impl Collector {
         let engines = self.engines().clone();
         let db = self.inner.db.clone();
         let swept = blocking(move || sweep::sweep(&db, &engines)).await;
-        let (mut summary, others) = swept.map_err(failed)?;
-        let engines = self.engines().clone();
-        sweep::remove_items(&engines, &others, &mut summary).await;
+        let (mut summary, unkept) = swept.map_err(failed)?;
+        sweep::remove_items(&unkept, &mut summary).await;
         summary.reclaimed = self.inner.db.reclaim().await;
         summary.took = began.elapsed();
         tracing::debug!(took = ?summary.took, removed = ?summary.removed, "collection");
@@ -157,7 +156,7 @@ impl Collector {
     /// When the database fails.
     pub async fn why(&self, object: Node) -> Result<Vec<Node>, Error> {
         let (db, engines) = (self.inner.db.clone(), self.engines().clone());
-        let found = blocking(move || Ok(sweep::graph(&db, &engines)?.why(&object))).await;
+        let found = blocking(move || Ok(sweep::graph(&db, &engines)?.0.why(&object))).await;
         found.map_err(failed)
     }
 
@@ -168,7 +167,7 @@ impl Collector {
     pub async fn disk_usage(&self) -> Result<Vec<Usage>, Error> {
         let (db, engines) = (self.inner.db.clone(), self.engines().clone());
         let graph = blocking(move || sweep::graph(&db, &engines)).await;
-        let graph = graph.map_err(failed)?;
+        let (graph, _items) = graph.map_err(failed)?;
         sweep::usage(&self.inner.db, &graph).await.map_err(failed)
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use lighter_store::filter::Filter;
 use lighter_store::metadata::Db;
-use lighter_store::metadata::collect::Reclaimed;
+use lighter_store::metadata::collect::{Judge as _, Reclaimed};
 use lighter_store::metadata::edges::{Fact, Kind, Node, Reach};
 use lighter_store::{Error, Scope};
 
@@ -50,52 +50,62 @@ pub struct Usage {
 
 type Engines = [Arc<dyn Collectable>];
 
+/// An object of an engine, as it was when the collection looked.
+pub(super) type Held = (Arc<dyn Collectable>, Item);
+
+fn node(held: &Held) -> Node {
+    Node::new(held.0.kind(), &held.1.namespace, &held.1.id)
+}
+
 /// States what engines have.
-fn engine_facts(engines: &Engines, state: &mut dyn FnMut(Fact)) {
-    for engine in engines {
-        for item in engine.items() {
-            let Item {
-                namespace,
-                id,
-                lease,
-                active,
-            } = item;
-            let node = Node::new(engine.kind(), &namespace, &id);
-            state(Fact::Exists(node.clone()));
-            match lease {
-                Some(lease) => state(Fact::Edge {
-                    from: Node::new(Kind::Lease, &namespace, &lease),
-                    to: node,
-                    by: Reach::Flat,
-                }),
-                None if active => state(Fact::Root(node, Reach::Full)),
-                None => {}
-            }
+fn engine_facts(items: &[Held], state: &mut dyn FnMut(Fact)) {
+    for held in items {
+        let (node, item) = (node(held), &held.1);
+        state(Fact::Exists(node.clone()));
+        if item.is_root() {
+            state(Fact::Root(node, Reach::Full));
+            continue;
+        }
+        if let Some(lease) = &item.lease {
+            state(Fact::Edge {
+                from: Node::new(Kind::Lease, &item.namespace, lease),
+                to: node.clone(),
+                by: Reach::Flat,
+            });
+        }
+        for keeper in &item.keepers {
+            state(Fact::Edge {
+                from: keeper.clone(),
+                to: node.clone(),
+                by: Reach::Full,
+            });
         }
     }
 }
 
-/// All facts, marked. Blocks.
-pub(super) fn graph(db: &Db, engines: &Engines) -> Result<Graph, Error> {
+/// All facts, marked; and what engines had. Blocks.
+pub(super) fn graph(db: &Db, engines: &Engines) -> Result<(Graph, Vec<Held>), Error> {
     let mut graph = Graph::default();
+    // Before the records: what an object is kept by is recorded before the object is made.
+    let held = |engine: &Arc<dyn Collectable>| {
+        let items = engine.items().into_iter();
+        items.map(|item| (Arc::clone(engine), item)).collect::<Vec<_>>()
+    };
+    let items: Vec<Held> = engines.iter().flat_map(held).collect();
+    engine_facts(&items, &mut |fact| graph.state(fact));
     db.facts(&mut |fact| graph.state(fact))?;
-    engine_facts(engines, &mut |fact| graph.state(fact));
     graph.mark();
-    Ok(graph)
+    Ok((graph, items))
 }
 
-/// Removes the records of what nothing keeps. Blocks for long, others for at most a batch.
-pub(super) fn sweep(db: &Db, engines: &Engines) -> Result<(Summary, Vec<Node>), Error> {
+/// Removes the records of what nothing keeps, and says which objects of engines nothing keeps
+/// either. Blocks for long, others for at most a batch.
+pub(super) fn sweep(db: &Db, engines: &Engines) -> Result<(Summary, Vec<Held>), Error> {
     let collection = db.collection()?;
-    let mut graph = graph(db, engines)?;
+    let (mut graph, mut items) = graph(db, engines)?;
     let mut summary = Summary::default();
-    let (mut records, mut others) = (Vec::new(), Vec::new());
-    for node in graph.garbage() {
-        match node.kind {
-            Kind::Mount | Kind::Stream => others.push(node),
-            _ => records.push(node),
-        }
-    }
+    let mut records = graph.garbage();
+    records.retain(|node| !matches!(node.kind, Kind::Mount | Kind::Stream));
     let mut last = None;
     for batch in records.chunks(BATCH) {
         let began = Instant::now();
@@ -111,18 +121,20 @@ pub(super) fn sweep(db: &Db, engines: &Engines) -> Result<(Summary, Vec<Node>), 
     if let Some(ticket) = last {
         ticket.wait_blocking()?;
     }
-    Ok((summary, others))
+    // References that came since the scan count for the engines' objects as well.
+    collection.catch_up(&mut graph)?;
+    items.retain(|held| graph.is_garbage(&node(held)));
+    Ok((summary, items))
 }
 
 /// Removes objects of engines.
-pub(super) async fn remove_items(engines: &Engines, nodes: &[Node], summary: &mut Summary) {
-    for node in nodes {
-        let Some(engine) = engines.iter().find(|engine| engine.kind() == node.kind) else {
-            continue;
-        };
-        match engine.remove(&node.namespace, &node.id).await {
-            Ok(()) => *summary.removed.entry(node.kind.as_str()).or_default() += 1,
-            Err(error) => tracing::warn!(%error, object = %node, "removal by a collection"),
+pub(super) async fn remove_items(items: &[Held], summary: &mut Summary) {
+    for held in items {
+        match held.0.remove(&held.1).await {
+            Ok(()) => *summary.removed.entry(held.0.kind().as_str()).or_default() += 1,
+            Err(error) => {
+                tracing::warn!(%error, object = %node(held), "removal by a collection");
+            }
         }
     }
 }

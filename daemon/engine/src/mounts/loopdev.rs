@@ -41,6 +41,11 @@ pub(super) fn detach(point: &Path) -> Result<bool, String> {
     Ok(true)
 }
 
+/// Whether the link at `point` names a device with a file behind it.
+pub(super) fn is_attached(point: &Path) -> bool {
+    std::fs::read_link(point).is_ok_and(|device| backed(&device))
+}
+
 fn backed(device: &Path) -> bool {
     let name = device.file_name().map(PathBuf::from).unwrap_or_default();
     Path::new("/sys/block").join(name).join("loop").exists()

@@ -1,19 +1,26 @@
 //! Activations by name: made, undone, listed, found again after a restart.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use lighter_proto::errdefs::{Classify, ErrorKind};
+use async_trait::async_trait;
+use lighter_proto::errdefs::{Classify, ErrorKind, render};
 use lighter_proto::time::{from_nanos, to_nanos};
 use lighter_snapshotter::Mount;
-use lighter_snapshotter::mount::{Made, has_prefix, mount_at, ready, unmount_all};
-use lighter_store::{Labels, Namespace};
+use lighter_snapshotter::mount::{
+    Made, has_prefix, is_mountpoint, mount_at, ready, unmount_all,
+};
+use lighter_store::filter::{Fields, Filter};
+use lighter_store::metadata::edges::{self, Kind, Node};
+use lighter_store::{Labels, Namespace, Scope};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::loopdev;
+use crate::gc::{Collectable, Item};
 
 /// Directory below the state directory.
 const DIR: &str = "io.containerd.mount-manager.v1.bolt";
@@ -88,6 +95,34 @@ pub struct Activation {
     pub system: Vec<Mount>,
     /// Labels.
     pub labels: Labels,
+    /// The lease that owns it.
+    pub lease: Option<String>,
+}
+
+impl Fields for Activation {
+    fn field(&self, path: &[String]) -> Option<Cow<'_, str>> {
+        match path {
+            [field] if field == "name" => Some(Cow::Borrowed(&self.name)),
+            [first, rest @ ..] if first == "labels" => {
+                let value = self.labels.get(&rest.join("."))?;
+                Some(Cow::Borrowed(value))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What is to be activated.
+#[derive(Debug, Clone, Copy)]
+pub struct Activate<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// The mounts, in order.
+    pub mounts: &'a [Mount],
+    /// Its labels.
+    pub labels: &'a Labels,
+    /// All of them are made here, and one bind of the last is left.
+    pub temporary: bool,
 }
 
 /// The file beside the mount points.
@@ -96,6 +131,8 @@ struct Record {
     namespace: String,
     name: String,
     labels: Labels,
+    #[serde(default)]
+    lease: Option<String>,
     complete: bool,
     active: Vec<RecordedActive>,
     system: Vec<RecordedMount>,
@@ -168,8 +205,8 @@ struct Book {
 }
 
 impl Mounts {
-    /// Finds the activations of earlier runs below `state` and undoes those that were cut off.
-    /// Blocks.
+    /// Finds the activations of earlier runs below `state` and undoes those that were cut off, or
+    /// lost their mounts. Blocks.
     ///
     /// # Errors
     /// When the directory cannot be made.
@@ -179,11 +216,16 @@ impl Mounts {
         let mut book = Book::default();
         for entry in std::fs::read_dir(&dir)? {
             let path = entry?.path();
-            let number = path
-                .file_name()
-                .and_then(|n| n.to_str()?.parse::<u64>().ok());
-            book.next = book.next.max(number.map_or(0, |n| n + 1));
-            match read(&path) {
+            book.next = book.next.max(number(&path).map_or(0, |n| n + 1));
+            let whole = read(&path).filter(|(_, activation)| {
+                let mounted = activation.active.iter().all(is_there);
+                if !mounted {
+                    warn!(name = activation.name, path = %path.display(),
+                        "mounts of an activation are gone; it is forgotten");
+                }
+                mounted
+            });
+            match whole {
                 Some((key, activation)) => {
                     book.slots.insert(key, Slot::Done(path, activation));
                 }
@@ -216,14 +258,13 @@ impl Mounts {
     /// # Errors
     /// `Unimplemented` when nothing needs it, `AlreadyExists`, `InvalidArgument`, or why a mount
     /// failed; nothing stays mounted then.
-    pub fn activate(
-        &self,
-        namespace: &Namespace,
-        name: &str,
-        mounts: &[Mount],
-        labels: Labels,
-        temporary: bool,
-    ) -> Result<Activation, Error> {
+    pub fn activate(&self, scope: &Scope, wanted: Activate<'_>) -> Result<Activation, Error> {
+        let Activate {
+            name,
+            mounts,
+            temporary,
+            ..
+        } = wanted;
         let invalid = |reason: &str| Error::Invalid {
             reason: reason.to_owned(),
         };
@@ -239,7 +280,7 @@ impl Mounts {
             let last = mounts.iter().rposition(needs_us).ok_or(Error::Needless)?;
             last + 1
         };
-        let key = (namespace.clone(), name.to_owned());
+        let key = (scope.namespace.clone(), name.to_owned());
         let path = {
             let mut book = self.book();
             if book.slots.contains_key(&key) {
@@ -251,7 +292,7 @@ impl Mounts {
             book.next += 1;
             self.inner.dir.join((book.next - 1).to_string())
         };
-        let made = self.make(&path, &key, mounts, ours, labels, temporary);
+        let made = self.make(&path, &key, wanted, ours, scope.lease.as_deref());
         let mut book = self.book();
         match &made {
             Ok(activation) => {
@@ -272,18 +313,19 @@ impl Mounts {
         &self,
         path: &Path,
         key: &Key,
-        mounts: &[Mount],
+        wanted: Activate<'_>,
         ours: usize,
-        labels: Labels,
-        temporary: bool,
+        lease: Option<&str>,
     ) -> Result<Activation, Error> {
+        let mounts = wanted.mounts;
         let failed = |reason: String| Error::Failed { reason };
         std::fs::create_dir(path).map_err(|e| failed(format!("mkdir {}: {e}", path.display())))?;
         let mut activation = Activation {
             name: key.1.clone(),
             active: Vec::new(),
             system: Vec::new(),
-            labels,
+            labels: wanted.labels.clone(),
+            lease: lease.map(str::to_owned),
         };
         // What a crash leaves has a record that says it is not whole.
         write(path, key, &activation, false).map_err(failed)?;
@@ -300,7 +342,7 @@ impl Mounts {
                     target: String::new(),
                     ..mount.clone()
                 };
-                mount_at(&alone, &point).map_err(|e| failed(lighter_proto::errdefs::render(&e)))?;
+                mount_at(&alone, &point).map_err(|e| failed(render(&e)))?;
             }
             activation.active.push(Active {
                 mount,
@@ -313,7 +355,7 @@ impl Mounts {
                 .system
                 .push(self.ready(mount, &activation.active)?);
         }
-        if temporary && let Some(last) = activation.active.last() {
+        if wanted.temporary && let Some(last) = activation.active.last() {
             let mode = if last.mount.has("ro") { "ro" } else { "rw" };
             activation.system.push(Mount {
                 fstype: "bind".to_owned(),
@@ -343,6 +385,15 @@ impl Mounts {
     /// # Errors
     /// `NotFound`, or why a mount stays.
     pub fn deactivate(&self, namespace: &Namespace, name: &str) -> Result<(), Error> {
+        self.undo(namespace, name, |_| true)
+    }
+
+    fn undo(
+        &self,
+        namespace: &Namespace,
+        name: &str,
+        meant: impl FnOnce(&Path) -> bool,
+    ) -> Result<(), Error> {
         let missing = || Error::NotFound {
             name: name.to_owned(),
         };
@@ -350,8 +401,11 @@ impl Mounts {
         let (path, activation) = {
             let mut book = self.book();
             match book.slots.insert(key.clone(), Slot::Busy) {
-                Some(Slot::Done(path, activation)) => (path, activation),
-                Some(Slot::Busy) => return Err(missing()),
+                Some(Slot::Done(path, activation)) if meant(&path) => (path, activation),
+                Some(other) => {
+                    book.slots.insert(key, other);
+                    return Err(missing());
+                }
                 None => {
                     book.slots.remove(&key);
                     return Err(missing());
@@ -385,17 +439,80 @@ impl Mounts {
         }
     }
 
-    /// Activations of a namespace in byte order of name.
+    /// Activations of a namespace that match, in byte order of name.
     #[must_use]
-    pub fn list(&self, namespace: &Namespace) -> Vec<Activation> {
+    pub fn list(&self, namespace: &Namespace, filter: &Filter) -> Vec<Activation> {
         let book = self.book();
         let mine = book.slots.iter().filter(|((n, _), _)| n == namespace);
         mine.filter_map(|(_, slot)| match slot {
-            Slot::Done(_, activation) => Some(activation.clone()),
-            Slot::Busy => None,
+            Slot::Done(_, activation) if filter.matches(activation) => Some(activation.clone()),
+            Slot::Done(..) | Slot::Busy => None,
         })
         .collect()
     }
+}
+
+#[async_trait]
+impl Collectable for Mounts {
+    fn kind(&self) -> Kind {
+        Kind::Mount
+    }
+
+    fn items(&self) -> Vec<Item> {
+        let book = self.book();
+        let entries = book.slots.iter();
+        entries
+            .filter_map(|((namespace, name), slot)| match slot {
+                Slot::Done(path, activation) => Some((namespace, name, path, activation)),
+                Slot::Busy => None,
+            })
+            .map(|(namespace, name, path, activation)| {
+                let node = Node::new(Kind::Mount, namespace.as_str(), name);
+                let mut keepers = Vec::new();
+                edges::back_references(&node, &activation.labels, &mut |from| keepers.push(from));
+                Item {
+                    namespace: namespace.to_string(),
+                    id: name.clone(),
+                    serial: number(path).unwrap_or_default(),
+                    lease: activation.lease.clone(),
+                    keepers,
+                }
+            })
+            .collect()
+    }
+
+    async fn remove(&self, item: &Item) -> Result<(), lighter_store::Error> {
+        let namespace = Namespace::new(&item.namespace)?;
+        let (this, name, serial) = (self.clone(), item.id.clone(), item.serial);
+        let done = tokio::task::spawn_blocking(move || {
+            this.undo(&namespace, &name, |path| number(path) == Some(serial))
+        });
+        let reason = match done.await {
+            Ok(Ok(()) | Err(Error::NotFound { .. })) => return Ok(()),
+            Ok(Err(error)) => render(&error),
+            Err(error) => error.to_string(),
+        };
+        Err(lighter_store::Error::Io {
+            operation: "deactivate",
+            path: PathBuf::from(&item.id),
+            source: std::io::Error::other(reason),
+        })
+    }
+}
+
+/// The number that a directory is named by.
+fn number(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.parse().ok()
+}
+
+/// Whether what was mounted still is.
+fn is_there(active: &Active) -> bool {
+    let point = Path::new(&active.mount_point);
+    if active.mount.fstype == "loop" {
+        return loopdev::is_attached(point);
+    }
+    // A table that cannot be read says nothing about the mount.
+    is_mountpoint(point).unwrap_or(true)
 }
 
 /// Whether any of `mounts` needs more than the kernel.
@@ -413,6 +530,7 @@ fn write(path: &Path, key: &Key, activation: &Activation, complete: bool) -> Res
         namespace: key.0.to_string(),
         name: key.1.clone(),
         labels: activation.labels.clone(),
+        lease: activation.lease.clone(),
         complete,
         active: activation
             .active
@@ -449,6 +567,7 @@ fn read(path: &Path) -> Option<(Key, Activation)> {
         active: active.collect(),
         system: record.system.into_iter().map(Into::into).collect(),
         labels: record.labels,
+        lease: record.lease,
     };
     Some(((namespace, record.name), activation))
 }
@@ -468,7 +587,7 @@ fn clear(path: &Path) -> Result<(), String> {
         if loopdev::detach(&point)? {
             continue;
         }
-        unmount_all(&point).map_err(|e| lighter_proto::errdefs::render(&e))?;
+        unmount_all(&point).map_err(|e| render(&e))?;
         // Only ever an empty directory: what a mount hid must not be followed by a removal.
         std::fs::remove_dir(&point).map_err(|e| format!("remove {}: {e}", point.display()))?;
     }
@@ -496,7 +615,24 @@ mod tests {
         let mounts = Mounts::open(&state, &root).unwrap();
         let namespace = Namespace::new("n").unwrap();
         let bind = mount("bind", &root, &["rbind"]);
-        let activate = |m: &[Mount]| mounts.activate(&namespace, "a", m, Labels::new(), false);
+        let leased = Scope {
+            namespace: namespace.clone(),
+            lease: Some("l".to_owned()),
+        };
+        let bref = (
+            "containerd.io/gc.bref.container".to_owned(),
+            "c".to_owned(),
+        );
+        let labels = Labels::from([bref]);
+        let activate = |m: &[Mount]| {
+            let wanted = Activate {
+                name: "a",
+                mounts: m,
+                labels: &labels,
+                temporary: false,
+            };
+            mounts.activate(&leased, wanted)
+        };
         assert!(matches!(
             activate(std::slice::from_ref(&bind)),
             Err(Error::Needless)
@@ -517,6 +653,15 @@ mod tests {
         // Found again by the next run, then undone by it.
         let again = Mounts::open(&state, &root).unwrap();
         assert_eq!(again.info(&namespace, "a").unwrap().active.len(), 2);
+        let items = again.items();
+        assert_eq!(items[0].lease.as_deref(), Some("l"));
+        assert_eq!(items[0].keepers, [Node::new(Kind::Container, "n", "c")]);
+        let named = |text: &str| {
+            let filter = Filter::parse(&[text.to_owned()]).unwrap();
+            again.list(&namespace, &filter).len()
+        };
+        assert_eq!((named("name==a"), named("name==b")), (1, 0));
+        assert_eq!(named("labels.\"containerd.io/gc.bref.container\"==c"), 1);
         again.deactivate(&namespace, "a").unwrap();
         assert!(matches!(
             again.deactivate(&namespace, "a"),

@@ -18,4 +18,4 @@ mod loopdev;
 mod manager;
 
 pub(crate) use manager::needed;
-pub use manager::{Activation, Active, Error, Mounts};
+pub use manager::{Activate, Activation, Active, Error, Mounts};

@@ -30,7 +30,7 @@ use super::reap;
 use super::shim_log;
 use super::state::Stdio;
 use super::steps::{Step, Steps};
-use crate::mounts::Mounts;
+use crate::mounts::{Activate, Mounts};
 
 /// How long a question about a task waits for its recovery.
 const RECOVERY_PATIENCE: Duration = Duration::from_secs(5);
@@ -233,7 +233,15 @@ impl Shared {
         tokio::task::spawn_blocking(move || {
             let labels =
                 Labels::from([(format!("{}container", labels::GC_BREF), bundle.id.clone())]);
-            match mounts.activate(&bundle.namespace, &bundle.id, &rootfs, labels, false) {
+            // Kept by the container, not by the lease of whoever starts it.
+            let scope = Scope::new(bundle.namespace.clone());
+            let wanted = Activate {
+                name: &bundle.id,
+                mounts: &rootfs,
+                labels: &labels,
+                temporary: false,
+            };
+            match mounts.activate(&scope, wanted) {
                 Ok(activation) => Ok(activation.system),
                 Err(error) if error.kind() == ErrorKind::Unimplemented => Ok(rootfs),
                 Err(error) => Err(Error::Mounts(error)),

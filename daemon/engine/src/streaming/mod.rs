@@ -9,19 +9,23 @@
 //!        ◀───────  Connection.outbound ◀─bounded──  Stream::send
 //! ```
 //!
-//! A stream ends when either side drops its half: the client leaves, the engine is done, or the
-//! lease it was opened under goes ([`Streams::retain`]).
+//! A stream ends when either side drops its half: the client leaves, the engine is done, or a
+//! collection finds that the lease it was opened under is gone.
 
 pub mod bytes;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use async_trait::async_trait;
 use lighter_proto::errdefs::{Classify, ErrorKind};
+use lighter_store::metadata::edges::Kind;
 use lighter_store::{Namespace, Scope};
 use prost_types::Any;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+
+use crate::gc::{Collectable, Item};
 
 /// Messages under way in one direction: enough for a window of the largest data messages twice.
 const QUEUE: usize = 8;
@@ -79,6 +83,8 @@ type Key = (Namespace, String);
 
 #[derive(Debug)]
 struct Registered {
+    /// Which registration this is; an id may be used again.
+    serial: u64,
     lease: Option<String>,
     closed: CancellationToken,
     /// `None` once an engine took it.
@@ -88,7 +94,13 @@ struct Registered {
 /// Open streams; clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Streams {
-    inner: Arc<Mutex<BTreeMap<Key, Registered>>>,
+    inner: Arc<Mutex<Book>>,
+}
+
+#[derive(Debug, Default)]
+struct Book {
+    next: u64,
+    streams: BTreeMap<Key, Registered>,
 }
 
 /// The engine's side.
@@ -117,6 +129,7 @@ pub struct Connection {
 pub struct Registration {
     streams: Streams,
     key: Key,
+    serial: u64,
     closed: CancellationToken,
 }
 
@@ -131,7 +144,11 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         self.closed.cancel();
-        self.streams.lock().remove(&self.key);
+        let mut book = self.streams.lock();
+        // A collection may have taken it off already, and another client taken the id.
+        if book.streams.get(&self.key).is_some_and(|r| r.serial == self.serial) {
+            book.streams.remove(&self.key);
+        }
     }
 }
 
@@ -142,7 +159,7 @@ impl Streams {
         Self::default()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Registered>> {
+    fn lock(&self) -> MutexGuard<'_, Book> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -155,11 +172,11 @@ impl Streams {
             return Err(Error::Id);
         }
         let key = (scope.namespace.clone(), id.to_owned());
-        let mut streams = self.lock();
-        if streams.contains_key(&key) {
+        let mut book = self.lock();
+        if book.streams.contains_key(&key) {
             return Err(Error::AlreadyExists { id: id.to_owned() });
         }
-        if streams.len() >= MAX_STREAMS {
+        if book.streams.len() >= MAX_STREAMS {
             return Err(Error::TooMany);
         }
         let (inbound, from_client) = mpsc::channel(QUEUE);
@@ -170,16 +187,20 @@ impl Streams {
             outbound: to_client,
             closed: closed.clone(),
         };
+        book.next += 1;
         let registered = Registered {
+            serial: book.next,
             lease: scope.lease.clone(),
             closed: closed.clone(),
             stream: Some(stream),
         };
-        streams.insert(key.clone(), registered);
-        drop(streams);
+        let serial = registered.serial;
+        book.streams.insert(key.clone(), registered);
+        drop(book);
         let registration = Registration {
             streams: self.clone(),
             key,
+            serial,
             closed,
         };
         Ok(Connection {
@@ -194,35 +215,43 @@ impl Streams {
     /// # Errors
     /// `NotFound`, also when it was taken before.
     pub fn take(&self, namespace: &Namespace, id: &str) -> Result<Stream, Error> {
-        let mut streams = self.lock();
-        let registered = streams.get_mut(&(namespace.clone(), id.to_owned()));
+        let mut book = self.lock();
+        let registered = book.streams.get_mut(&(namespace.clone(), id.to_owned()));
         registered
             .and_then(|registered| registered.stream.take())
             .ok_or_else(|| Error::NotFound { id: id.to_owned() })
     }
+}
 
-    /// Open streams with the lease each was opened under: what a collection must not take for
-    /// garbage.
-    #[must_use]
-    pub fn list(&self) -> Vec<(Namespace, String, Option<String>)> {
-        let streams = self.lock();
-        let entries = streams.iter();
+#[async_trait]
+impl Collectable for Streams {
+    fn kind(&self) -> Kind {
+        Kind::Stream
+    }
+
+    fn items(&self) -> Vec<Item> {
+        let book = self.lock();
+        let entries = book.streams.iter();
         entries
-            .map(|((namespace, id), registered)| {
-                (namespace.clone(), id.clone(), registered.lease.clone())
+            .map(|((namespace, id), registered)| Item {
+                namespace: namespace.to_string(),
+                id: id.clone(),
+                serial: registered.serial,
+                lease: registered.lease.clone(),
+                keepers: Vec::new(),
             })
             .collect()
     }
 
-    /// Ends every stream that was opened under a lease for which `lives` is false.
-    pub fn retain(&self, lives: impl Fn(&Namespace, &str) -> bool) {
-        for ((namespace, _), registered) in self.lock().iter() {
-            if let Some(lease) = &registered.lease
-                && !lives(namespace, lease)
-            {
-                registered.closed.cancel();
-            }
+    async fn remove(&self, item: &Item) -> Result<(), lighter_store::Error> {
+        let key = (Namespace::new(&item.namespace)?, item.id.clone());
+        let mut book = self.lock();
+        if book.streams.get(&key).is_some_and(|r| r.serial == item.serial)
+            && let Some(registered) = book.streams.remove(&key)
+        {
+            registered.closed.cancel();
         }
+        Ok(())
     }
 }
 
@@ -306,18 +335,27 @@ mod tests {
         );
         assert_eq!(stream.receive().await, None);
         assert_eq!(stream.send(any("y")).await, Err(Error::Closed));
-        assert!(streams.list().is_empty());
+        assert!(streams.items().is_empty());
         streams.register(&scope, "a").expect("free again");
     }
 
     #[tokio::test]
-    async fn a_stream_dies_with_its_lease() {
+    async fn a_collection_ends_the_stream_it_saw_and_no_other() {
         let streams = Streams::new();
         let kept = streams.register(&scope(None), "a").expect("new");
         let leased = streams.register(&scope(Some("l")), "b").expect("new");
-        streams.retain(|_, lease| lease != "l");
+        let items = streams.items();
+        assert_eq!(
+            items.iter().map(|i| (i.id.as_str(), i.is_root())).collect::<Vec<_>>(),
+            [("a", true), ("b", false)]
+        );
+        streams.remove(&items[1]).await.expect("removed");
         assert!(!kept.registration.closed().is_cancelled());
         assert!(leased.registration.closed().is_cancelled());
+        drop(leased);
+        let again = streams.register(&scope(Some("l")), "b").expect("free again");
+        streams.remove(&items[1]).await.expect("nothing to do");
+        assert!(!again.registration.closed().is_cancelled());
     }
 
     #[test]

@@ -73,8 +73,8 @@ pub(super) fn pass_barrier(inner: &Inner, tx: &Tx<'_>) {
     for (key, value) in tx.writes() {
         let Some(value) = value else { continue };
         edges::facts(key, value, now, &mut |fact| match fact {
-            Fact::Exists(node) | Fact::Root(node, _) => touched.push(node),
-            Fact::Edge { to, .. } => touched.push(to),
+            Fact::Exists(node) | Fact::Root(node, _) | Fact::UsedAt(node, _) => touched.push(node),
+            Fact::Edge { to, .. } | Fact::Conditional { to, .. } => touched.push(to),
         });
     }
 }
@@ -115,6 +115,14 @@ impl Collection {
             }
             Ok(removed)
         })
+    }
+
+    /// Tells `judge` what the barrier has, and removes nothing. Blocks like a small change.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn catch_up(&self, judge: &mut dyn Judge) -> Result<(), Error> {
+        self.remove(&[], judge).map(drop)
     }
 
     /// Whether the object was there and is not in use.

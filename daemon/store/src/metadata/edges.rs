@@ -120,6 +120,38 @@ pub enum Fact {
         /// How far `from` must be reached.
         by: Reach,
     },
+    /// `from`, reached full, keeps `to` as long as the last use of `to` is as `when` says.
+    Conditional {
+        /// The keeper.
+        from: Node,
+        /// What it keeps.
+        to: Node,
+        /// For which uses.
+        when: Condition,
+    },
+    /// When the object was last used, as its label says.
+    UsedAt(Node, SystemTime),
+}
+
+/// Which last use a conditional reference asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condition {
+    /// Less than this ago.
+    Within(Duration),
+    /// More than this ago.
+    Before(Duration),
+}
+
+impl Condition {
+    /// Whether a last use at `used`, seen from `now`, fulfils it. One in the future is no time ago.
+    #[must_use]
+    pub fn holds(self, used: SystemTime, now: SystemTime) -> bool {
+        let age = now.duration_since(used).unwrap_or_default();
+        match self {
+            Self::Within(limit) => age < limit,
+            Self::Before(limit) => age > limit,
+        }
+    }
 }
 
 /// States the facts of one record. What does not decode states none but that it exists.
@@ -154,7 +186,7 @@ fn try_facts(key: &[u8], value: &[u8], now: SystemTime, state: &mut dyn FnMut(Fa
                 let to = snapshot(&namespace, &record.snapshotter, &record.snapshot_key);
                 edge(&node, to, Reach::Flat, state);
             }
-            label_facts(&node, &record.labels, now, state);
+            label_facts(&node, &record.labels, state);
         }
         table::IMAGES => {
             let node = Node::new(Kind::Image, &namespace, parts.last()?);
@@ -168,14 +200,15 @@ fn try_facts(key: &[u8], value: &[u8], now: SystemTime, state: &mut dyn FnMut(Fa
             }
             let target = Node::new(Kind::Content, &namespace, &record.digest);
             edge(&node, target, Reach::Flat, state);
-            label_facts(&node, &record.labels, now, state);
+            label_facts(&node, &record.labels, state);
+            conditional_facts(&node, &record.labels, state);
         }
         table::SANDBOXES => {
             let node = Node::new(Kind::Sandbox, &namespace, parts.last()?);
             state(Fact::Exists(node.clone()));
             state(Fact::Root(node.clone(), Reach::Full));
             let record = SandboxRecord::decode(value).ok()?;
-            label_facts(&node, &record.labels, now, state);
+            label_facts(&node, &record.labels, state);
         }
         table::LEASES => {
             let node = Node::new(Kind::Lease, &namespace, parts.last()?);
@@ -205,7 +238,8 @@ fn try_facts(key: &[u8], value: &[u8], now: SystemTime, state: &mut dyn FnMut(Fa
             let node = Node::new(Kind::Content, &namespace, parts.last()?);
             state(Fact::Exists(node.clone()));
             let record = BlobRecord::decode(value).ok()?;
-            object_facts(&node, &record.labels, now, state);
+            object_facts(&node, &record.labels, state);
+            conditional_facts(&node, &record.labels, state);
         }
         table::INGESTS => {
             let node = Node::new(Kind::Ingest, &namespace, parts.last()?);
@@ -233,7 +267,11 @@ fn try_facts(key: &[u8], value: &[u8], now: SystemTime, state: &mut dyn FnMut(Fa
                     state,
                 );
             }
-            object_facts(&node, &record.labels, now, state);
+            object_facts(&node, &record.labels, state);
+            let used = record.labels.get(labels::GC_COND_USED_AT);
+            if let Some(used) = used.and_then(|text| parse_time(text)) {
+                state(Fact::UsedAt(node, used));
+            }
         }
     }
     Some(())
@@ -252,28 +290,58 @@ fn edge(from: &Node, to: Node, by: Reach, state: &mut dyn FnMut(Fact)) {
 }
 
 /// Facts of a blob's or snapshot's labels, which may also make it a root.
-fn object_facts(node: &Node, labels: &Labels, now: SystemTime, state: &mut dyn FnMut(Fact)) {
+fn object_facts(node: &Node, labels: &Labels, state: &mut dyn FnMut(Fact)) {
     if labels.contains_key(labels::GC_ROOT) {
         state(Fact::Root(node.clone(), Reach::Full));
     }
-    label_facts(node, labels, now, state);
+    label_facts(node, labels, state);
 }
 
 /// References and back references in labels.
-fn label_facts(node: &Node, labels: &Labels, now: SystemTime, state: &mut dyn FnMut(Fact)) {
+fn label_facts(node: &Node, labels: &Labels, state: &mut dyn FnMut(Fact)) {
     for (key, value) in labels {
-        if let Some(rest) = key.strip_prefix(labels::GC_REF) {
-            if let Some(to) = referenced(rest, &node.namespace, value) {
-                edge(node, to, Reach::Full, state);
-            }
-        } else if let Some(rest) = key.strip_prefix(labels::GC_BREF) {
-            if let Some(from) = back_referenced(rest, &node.namespace, value) {
-                edge(&from, node.clone(), Reach::Full, state);
-            }
-        } else if let Some(rest) = key.strip_prefix(labels::GC_COND)
-            && let Some(to) = conditional(rest, node, value, labels, now)
+        if let Some(rest) = key.strip_prefix(labels::GC_REF)
+            && let Some(to) = referenced(rest, &node.namespace, value)
         {
             edge(node, to, Reach::Full, state);
+        }
+    }
+    back_references(node, labels, &mut |from| {
+        edge(&from, node.clone(), Reach::Full, state);
+    });
+}
+
+/// The objects that keep `node` because its labels name them.
+pub fn back_references(node: &Node, labels: &Labels, each: &mut dyn FnMut(Node)) {
+    for (key, value) in labels {
+        if let Some(rest) = key.strip_prefix(labels::GC_BREF)
+            && let Some(from) = back_referenced(rest, &node.namespace, value)
+        {
+            each(from);
+        }
+    }
+}
+
+/// References of images and blobs that hold as long as the snapshot they name says so by its own
+/// label: `usedat<24h|key`, several conditions with `,` between them, of which one is enough.
+fn conditional_facts(node: &Node, labels: &Labels, state: &mut dyn FnMut(Fact)) {
+    for (key, value) in labels {
+        let Some(rest) = key.strip_prefix(labels::GC_COND) else {
+            continue;
+        };
+        let Some((conditions, target)) = value.split_once('|') else {
+            continue;
+        };
+        let named = word(rest, "snapshot").map(|after| after.trim_start_matches(['.', '/']));
+        let Some(name) = named.and_then(|after| after.split('/').next()) else {
+            continue;
+        };
+        for when in conditions.split(',').filter_map(condition) {
+            state(Fact::Conditional {
+                from: node.clone(),
+                to: snapshot(&node.namespace, name, target),
+                when,
+            });
         }
     }
 }
@@ -310,39 +378,36 @@ fn back_referenced(rest: &str, namespace: &str, id: &str) -> Option<Node> {
         .map(|kind| Node::new(kind, namespace, id))
 }
 
-/// A reference that holds while the labelled snapshot was used lately: `usedat<24h|key`.
-fn conditional(
-    rest: &str,
-    node: &Node,
-    value: &str,
-    labels: &Labels,
-    now: SystemTime,
-) -> Option<Node> {
-    let after = word(rest, "snapshot")?;
-    let (condition, key) = value.split_once('|')?;
-    let limit = go_duration(condition.strip_prefix("usedat<")?)?;
-    let used = parse_time(labels.get(labels::GC_COND_USED_AT)?)?;
-    let age = now.duration_since(used).unwrap_or_default();
-    (age < limit).then_some(())?;
-    Some(snapshot(&node.namespace, snapshotter(after)?, key))
+/// `usedat<24h` or `usedat>1h30m`; what is neither holds never.
+fn condition(text: &str) -> Option<Condition> {
+    let rest = text.strip_prefix("usedat")?;
+    match rest.split_at_checked(1)? {
+        ("<", limit) => Some(Condition::Within(go_duration(limit)?)),
+        (">", limit) => Some(Condition::Before(go_duration(limit)?)),
+        _ => None,
+    }
 }
 
-/// A duration as Go writes it, of hours, minutes and seconds.
+/// A duration as Go writes it: numbers with a unit each, from `h` to `ns`.
 fn go_duration(text: &str) -> Option<Duration> {
     let mut total = Duration::ZERO;
     let mut rest = text;
     while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit())?;
-        let count: u32 = rest.get(..digits)?.parse().ok()?;
-        let unit = rest[digits..].find(|c: char| c.is_ascii_digit());
+        let digits = rest.find(|c: char| !(c.is_ascii_digit() || c == '.'))?;
+        let count: f64 = rest.get(..digits)?.parse().ok()?;
+        let unit = rest[digits..].find(|c: char| c.is_ascii_digit() || c == '.');
         let end = unit.map_or(rest.len(), |unit| digits + unit);
         let seconds = match &rest[digits..end] {
-            "h" => 3600,
-            "m" => 60,
-            "s" => 1,
+            "h" => 3600.0,
+            "m" => 60.0,
+            "s" => 1.0,
+            "ms" => 1e-3,
+            "us" | "µs" | "μs" => 1e-6,
+            "ns" => 1e-9,
             _ => return None,
         };
-        total = total.checked_add(Duration::from_secs(seconds).checked_mul(count)?)?;
+        let part = Duration::try_from_secs_f64(count * seconds).ok()?;
+        total = total.checked_add(part)?;
         rest = &rest[end..];
     }
     (!text.is_empty()).then_some(total)
@@ -372,14 +437,14 @@ mod tests {
             .collect();
         let node = Node::new(Kind::Content, "n", "x");
         let mut found = Vec::new();
-        object_facts(&node, &labels, SystemTime::now(), &mut |fact| {
+        object_facts(&node, &labels, &mut |fact| {
             found.push(match fact {
                 Fact::Root(..) => "root".to_owned(),
                 Fact::Edge { from, to, .. } if from == node => {
                     format!("> {} {}", to.kind.as_str(), to.id)
                 }
                 Fact::Edge { from, .. } => format!("< {} {}", from.kind.as_str(), from.id),
-                Fact::Exists(_) => "exists".to_owned(),
+                other => format!("{other:?}"),
             });
         });
         found
@@ -423,20 +488,46 @@ mod tests {
     }
 
     #[test]
-    fn a_condition_holds_while_its_object_is_in_use() {
-        let at = |ago: u64| {
-            let time = SystemTime::now() - Duration::from_secs(ago);
-            OffsetDateTime::from(time).format(&Rfc3339).expect("a time")
+    fn a_condition_is_read_from_the_referrer() {
+        let of = |key: &str, value: &str| {
+            let node = Node::new(Kind::Image, "n", "x");
+            let labels = Labels::from([(key.to_owned(), value.to_owned())]);
+            let mut found = Vec::new();
+            conditional_facts(&node, &labels, &mut |fact| {
+                if let Fact::Conditional { from, to, when } = fact {
+                    assert_eq!(from, node);
+                    found.push((to.id.to_string(), when));
+                }
+            });
+            found
         };
+        let hours = |count: u64| Duration::from_secs(count * 3600);
+        let within = |count| ("overlayfs/k".to_owned(), Condition::Within(hours(count)));
         let key = "containerd.io/gc.cond.snapshot.overlayfs";
-        for (value, ago, holds) in [
-            ("usedat<24h|k", 60, true),
-            ("usedat<24h|k", 90_000, false),
-            ("usedat<1h30m|k", 5000, true),
-            ("usedat<soon|k", 0, false),
-        ] {
-            let found = of_labels(&[(key, value), (labels::GC_COND_USED_AT, &at(ago))]);
-            assert_eq!(!found.is_empty(), holds, "{value} {ago}");
+        assert_eq!(of(key, "usedat<24h|k"), [within(24)]);
+        assert_eq!(of(&format!("{key}/name"), "usedat<60m|k"), [within(1)]);
+        assert_eq!(of("containerd.io/gc.cond.snapshot/overlayfs", "usedat<1h|k"), [within(1)]);
+        assert_eq!(
+            of(key, "usedat<1h,usedat>1500ms|k"),
+            [
+                within(1),
+                ("overlayfs/k".to_owned(), Condition::Before(Duration::from_millis(1500)))
+            ]
+        );
+        for bad in ["usedat<soon|k", "usedat=1h|k", "usedat<1h", "size<1h|k", "usedat|k", ""] {
+            assert!(of(key, bad).is_empty(), "{bad}");
         }
+        assert!(of("containerd.io/gc.cond.content", "usedat<1h|k").is_empty());
+    }
+
+    #[test]
+    fn a_condition_holds_by_age() {
+        let now = SystemTime::now();
+        let used = now - Duration::from_secs(60);
+        assert!(Condition::Within(Duration::from_secs(61)).holds(used, now));
+        assert!(!Condition::Within(Duration::from_secs(60)).holds(used, now));
+        assert!(Condition::Before(Duration::from_secs(59)).holds(used, now));
+        assert!(!Condition::Before(Duration::from_secs(60)).holds(used, now));
+        assert!(Condition::Within(Duration::from_secs(1)).holds(now + Duration::from_secs(9), now));
     }
 }
