@@ -190,6 +190,12 @@ pub trait Snapshotter: Send + Sync + fmt::Debug {
         Ok(())
     }
 
+    /// Whether its records are in the database it was handed: then one it does not know is gone,
+    /// and not just out of reach.
+    fn shares_records(&self) -> bool {
+        false
+    }
+
     /// What clients may rely on, e.g. `rebase`, `remap-ids` (plugin capabilities).
     fn capabilities(&self) -> Vec<String> {
         Vec::new()

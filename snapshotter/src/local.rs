@@ -369,6 +369,10 @@ impl<D: Driver> Snapshotter for Local<D> {
         self.blocking(Inner::sync).await
     }
 
+    fn shares_records(&self) -> bool {
+        true
+    }
+
     fn capabilities(&self) -> Vec<String> {
         self.inner.driver.capabilities()
     }
@@ -457,6 +461,10 @@ macro_rules! delegate {
             }
             async fn sync(&self) -> Result<(), crate::Error> {
                 self.0.sync().await
+            }
+
+            fn shares_records(&self) -> bool {
+                self.0.shares_records()
             }
             fn capabilities(&self) -> Vec<String> {
                 self.0.capabilities()

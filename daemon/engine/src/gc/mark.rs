@@ -70,7 +70,11 @@ impl Graph {
     pub fn mark(&mut self) {
         let now = SystemTime::now();
         for (from, to, when) in std::mem::take(&mut self.conditional) {
-            if self.used.get(&to).is_some_and(|used| when.holds(*used, now)) {
+            if self
+                .used
+                .get(&to)
+                .is_some_and(|used| when.holds(*used, now))
+            {
                 self.objects[from].edges.push((to, Reach::Full));
             }
         }
@@ -317,7 +321,11 @@ mod tests {
             (None, Condition::Within(minute * 2), false),
         ] {
             let mut graph = graph(2, &[(0, Reach::Full)], &[]);
-            graph.state(Fact::Conditional { from: node(0), to: node(1), when });
+            graph.state(Fact::Conditional {
+                from: node(0),
+                to: node(1),
+                when,
+            });
             if let Some(used) = used {
                 graph.state(Fact::UsedAt(node(1), used));
             }

@@ -89,7 +89,9 @@ pub(super) fn graph(db: &Db, engines: &Engines) -> Result<(Graph, Vec<Held>), Er
     // Before the records: what an object is kept by is recorded before the object is made.
     let held = |engine: &Arc<dyn Collectable>| {
         let items = engine.items().into_iter();
-        items.map(|item| (Arc::clone(engine), item)).collect::<Vec<_>>()
+        items
+            .map(|item| (Arc::clone(engine), item))
+            .collect::<Vec<_>>()
     };
     let items: Vec<Held> = engines.iter().flat_map(held).collect();
     engine_facts(&items, &mut |fact| graph.state(fact));

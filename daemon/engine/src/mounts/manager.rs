@@ -355,7 +355,9 @@ impl Mounts {
                 .system
                 .push(self.ready(mount, &activation.active)?);
         }
-        if wanted.temporary && let Some(last) = activation.active.last() {
+        if wanted.temporary
+            && let Some(last) = activation.active.last()
+        {
             let mode = if last.mount.has("ro") { "ro" } else { "rw" };
             activation.system.push(Mount {
                 fstype: "bind".to_owned(),
@@ -619,10 +621,7 @@ mod tests {
             namespace: namespace.clone(),
             lease: Some("l".to_owned()),
         };
-        let bref = (
-            "containerd.io/gc.bref.container".to_owned(),
-            "c".to_owned(),
-        );
+        let bref = ("containerd.io/gc.bref.container".to_owned(), "c".to_owned());
         let labels = Labels::from([bref]);
         let activate = |m: &[Mount]| {
             let wanted = Activate {

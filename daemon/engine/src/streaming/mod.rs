@@ -146,7 +146,11 @@ impl Drop for Registration {
         self.closed.cancel();
         let mut book = self.streams.lock();
         // A collection may have taken it off already, and another client taken the id.
-        if book.streams.get(&self.key).is_some_and(|r| r.serial == self.serial) {
+        if book
+            .streams
+            .get(&self.key)
+            .is_some_and(|r| r.serial == self.serial)
+        {
             book.streams.remove(&self.key);
         }
     }
@@ -246,7 +250,10 @@ impl Collectable for Streams {
     async fn remove(&self, item: &Item) -> Result<(), lighter_store::Error> {
         let key = (Namespace::new(&item.namespace)?, item.id.clone());
         let mut book = self.lock();
-        if book.streams.get(&key).is_some_and(|r| r.serial == item.serial)
+        if book
+            .streams
+            .get(&key)
+            .is_some_and(|r| r.serial == item.serial)
             && let Some(registered) = book.streams.remove(&key)
         {
             registered.closed.cancel();
@@ -346,14 +353,19 @@ mod tests {
         let leased = streams.register(&scope(Some("l")), "b").expect("new");
         let items = streams.items();
         assert_eq!(
-            items.iter().map(|i| (i.id.as_str(), i.is_root())).collect::<Vec<_>>(),
+            items
+                .iter()
+                .map(|i| (i.id.as_str(), i.is_root()))
+                .collect::<Vec<_>>(),
             [("a", true), ("b", false)]
         );
         streams.remove(&items[1]).await.expect("removed");
         assert!(!kept.registration.closed().is_cancelled());
         assert!(leased.registration.closed().is_cancelled());
         drop(leased);
-        let again = streams.register(&scope(Some("l")), "b").expect("free again");
+        let again = streams
+            .register(&scope(Some("l")), "b")
+            .expect("free again");
         streams.remove(&items[1]).await.expect("nothing to do");
         assert!(!again.registration.closed().is_cancelled());
     }

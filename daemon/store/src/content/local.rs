@@ -17,7 +17,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use time::OffsetDateTime;
@@ -41,6 +41,7 @@ const SMALL_FILE_BYTES: u64 = 64 << 10;
 pub struct Local {
     layout: Arc<Layout>,
     locks: RefLocks,
+    opened: SystemTime,
 }
 
 /// Where things are below the root.
@@ -117,6 +118,7 @@ impl Local {
                 verity: AtomicBool::new(true),
             }),
             locks: RefLocks::default(),
+            opened: SystemTime::now(),
         })
     }
 
@@ -407,6 +409,26 @@ impl Store for Local {
         .await
     }
 
+    async fn heal(&self) -> Result<u64, Error> {
+        self.blocking(|this| {
+            let mut removed = 0;
+            for entry in entries(&this.layout.root.join("ingest"))? {
+                // What was touched since this store was opened may be just being made.
+                let modified = entry.metadata().and_then(|meta| meta.modified());
+                if modified.is_ok_and(|at| at < this.opened)
+                    && read_status(&entry.path()).is_err()
+                    && fs::remove_dir_all(entry.path()).is_ok()
+                {
+                    tracing::warn!(path = %entry.path().display(),
+                        "an ingest that cannot be read was removed");
+                    removed += 1;
+                }
+            }
+            Ok(removed)
+        })
+        .await
+    }
+
     async fn abort(&self, reference: &str) -> Result<(), Error> {
         let reference = reference.to_owned();
         self.blocking(move |this| {
@@ -441,29 +463,4 @@ impl Store for Local {
     }
 }
 
-impl Local {
-    /// Removes directories of ingests that cannot be read and are older than `age`: a crash left
-    /// them while they were made or removed. Returns how many.
-    ///
-    /// # Errors
-    /// `Io` when the ingests cannot be listed.
-    pub async fn sweep_broken(&self, age: Duration) -> Result<usize, Error> {
-        self.blocking(move |this| {
-            let mut removed = 0;
-            for entry in entries(&this.layout.root.join("ingest"))? {
-                let old = entry
-                    .metadata()
-                    .and_then(|m| m.modified())
-                    .is_ok_and(|at| at.elapsed().is_ok_and(|elapsed| elapsed >= age));
-                if old
-                    && read_status(&entry.path()).is_err()
-                    && fs::remove_dir_all(entry.path()).is_ok()
-                {
-                    removed += 1;
-                }
-            }
-            Ok(removed)
-        })
-        .await
-    }
-}
+impl Local {}

@@ -106,6 +106,12 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Throws an ingest away, whoever writes it.
     async fn abort(&self, reference: &str) -> Result<(), Error>;
 
+    /// Removes what a crash left half made in the store itself; says how many. For the first
+    /// collection after a start.
+    async fn heal(&self) -> Result<u64, Error> {
+        Ok(0)
+    }
+
     /// Opens or resumes an ingest. `AlreadyExists` when `expected` is a blob already, `Unavailable`
     /// while another writer has it.
     async fn writer(&self, open: Open) -> Result<Box<dyn Ingest>, Error>;

@@ -17,9 +17,9 @@ use lighter_proto::errdefs::{Classify, ErrorKind};
 use super::db::{Change, Discarded, Inner};
 use super::edges::{self, Fact, Kind, Node};
 use super::keys::{self, Builder, Parts, table};
-use super::records::SnapshotRecord;
+use super::records::{IngestRecord, SnapshotRecord};
 use super::snapshots::pin_name;
-use super::{Db, content, images, leases};
+use super::{Db, Snapshots, content, images, leases};
 use crate::{Digest, Error, Namespace, Scope};
 
 /// Records read at a time.
@@ -428,7 +428,7 @@ impl Db {
             }
         }
         let present: HashSet<&str> = below.iter().map(|info| info.name.as_str()).collect();
-        let mut interrupted = Vec::new();
+        let (mut interrupted, mut lost) = (Vec::new(), Vec::new());
         self.pages(table::SNAPSHOTS, &mut |key, value| {
             let of = Parts::of(key).and_then(|(_, mut parts)| {
                 let namespace = Namespace::new(&parts.name()?).ok()?;
@@ -445,6 +445,7 @@ impl Db {
                     _ if !present.contains(record.backend.as_str()) => {
                         done.broken += 1;
                         tracing::warn!(%namespace, key, snapshotter = name, "a snapshot's directory is missing");
+                        lost.push((namespace, key, record.backend));
                     }
                     _ => {}
                 }
@@ -462,9 +463,53 @@ impl Db {
                 Err(error) => tracing::warn!(%error, %namespace, key, "an interrupted commit"),
             }
         }
+        if snapshots.driver().shares_records() {
+            self.forget_lost_snapshots(&snapshots, lost).await;
+        }
         orphans.reverse();
         self.reclaim_snapshots(name, orphans, done).await;
         Ok(())
+    }
+
+    /// Drops records of snapshots that their driver lost, children first, so that they can be made
+    /// anew. One that something is built on stays, and is reported at every start.
+    async fn forget_lost_snapshots(
+        &self,
+        snapshots: &Snapshots,
+        mut lost: Vec<(Namespace, String, String)>,
+    ) {
+        let name = snapshots.name();
+        loop {
+            let before = lost.len();
+            let mut left = Vec::new();
+            for (namespace, key, backend) in lost {
+                let found = snapshots.driver().stat(&backend).await;
+                let gone = found.is_err_and(|error| error.kind() == ErrorKind::NotFound);
+                let used = self.inner.in_flight.contains(&format!("{name}/{key}"))
+                    || self.inner.pins.contains(&pin_name(&namespace, name, &key));
+                if !gone || used {
+                    continue;
+                }
+                let dropped = self
+                    .inner
+                    .update(|change| snapshots.remove_in(change, &namespace, &key));
+                match dropped.await {
+                    Ok(()) => {
+                        tracing::warn!(%namespace, key, snapshotter = name, "its record is dropped");
+                    }
+                    Err(error) if error.kind() == ErrorKind::NotFound => {}
+                    Err(_) => left.push((namespace, key, backend)),
+                }
+            }
+            lost = left;
+            if lost.is_empty() || lost.len() == before {
+                break;
+            }
+        }
+        for (namespace, key, _) in lost {
+            tracing::error!(%namespace, key, snapshotter = name,
+                "a snapshot without directory has children; remove what is built on it");
+        }
     }
 
     async fn reconcile_blobs(&self, done: &mut Reclaimed) -> Result<(), Error> {
@@ -505,8 +550,11 @@ impl Db {
     }
 
     async fn reconcile_ingests(&self, done: &mut Reclaimed) -> Result<(), Error> {
+        done.ingests += self.inner.content.heal().await?;
+        let mut present = HashSet::new();
         for status in self.inner.content.statuses().await? {
             let backend = status.reference;
+            present.insert(backend.clone());
             let mut parts = backend.splitn(3, '/');
             let (Some(namespace), Some(_), Some(reference)) =
                 (parts.next(), parts.next(), parts.next())
@@ -525,6 +573,45 @@ impl Db {
                 Ok(()) => done.ingests += 1,
                 Err(error) => tracing::debug!(%error, reference, "removal of an ingest"),
             }
+        }
+        self.forget_lost_ingests(&present, done).await
+    }
+
+    /// Drops records of ingests whose bytes are gone, so that a client begins anew.
+    async fn forget_lost_ingests(
+        &self,
+        present: &HashSet<String>,
+        done: &mut Reclaimed,
+    ) -> Result<(), Error> {
+        let mut lost = Vec::new();
+        self.pages(table::INGESTS, &mut |key, value| {
+            let of = Parts::of(key).and_then(|(_, mut parts)| {
+                let namespace = Namespace::new(&parts.name()?).ok()?;
+                Some((namespace, parts.last()?.to_owned()))
+            });
+            if let (Some((namespace, reference)), Ok(record)) =
+                (of, <IngestRecord as prost::Message>::decode(value))
+                && record.expected.is_empty()
+                && !present.contains(&record.backend)
+            {
+                lost.push((namespace, reference, key.to_vec(), value.to_vec()));
+            }
+        })?;
+        for (namespace, reference, key, value) in lost {
+            if self.inner.refs.is_held(&format!("{namespace}/{reference}")) {
+                continue;
+            }
+            done.broken += 1;
+            tracing::warn!(%namespace, reference, "an ingest's bytes are missing; its record is dropped");
+            self.inner
+                .update(|change| {
+                    // It may have been opened anew meanwhile.
+                    if change.tx.get(&key)?.is_some_and(|now| *now == *value) {
+                        content::forget_ingest(change, &namespace, &key, &value)?;
+                    }
+                    Ok(())
+                })
+                .await?;
         }
         Ok(())
     }

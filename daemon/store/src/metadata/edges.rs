@@ -506,15 +506,28 @@ mod tests {
         let key = "containerd.io/gc.cond.snapshot.overlayfs";
         assert_eq!(of(key, "usedat<24h|k"), [within(24)]);
         assert_eq!(of(&format!("{key}/name"), "usedat<60m|k"), [within(1)]);
-        assert_eq!(of("containerd.io/gc.cond.snapshot/overlayfs", "usedat<1h|k"), [within(1)]);
+        assert_eq!(
+            of("containerd.io/gc.cond.snapshot/overlayfs", "usedat<1h|k"),
+            [within(1)]
+        );
         assert_eq!(
             of(key, "usedat<1h,usedat>1500ms|k"),
             [
                 within(1),
-                ("overlayfs/k".to_owned(), Condition::Before(Duration::from_millis(1500)))
+                (
+                    "overlayfs/k".to_owned(),
+                    Condition::Before(Duration::from_millis(1500))
+                )
             ]
         );
-        for bad in ["usedat<soon|k", "usedat=1h|k", "usedat<1h", "size<1h|k", "usedat|k", ""] {
+        for bad in [
+            "usedat<soon|k",
+            "usedat=1h|k",
+            "usedat<1h",
+            "size<1h|k",
+            "usedat|k",
+            "",
+        ] {
             assert!(of(key, bad).is_empty(), "{bad}");
         }
         assert!(of("containerd.io/gc.cond.content", "usedat<1h|k").is_empty());

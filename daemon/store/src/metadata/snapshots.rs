@@ -118,6 +118,11 @@ impl Snapshots {
         })
     }
 
+    /// Name of the snapshotter.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The driver below; for what it can do and where it keeps things.
     #[must_use]
     pub fn driver(&self) -> &Arc<dyn Snapshotter> {

@@ -494,6 +494,43 @@ async fn a_restart_brings_stores_and_records_in_line() {
     assert_eq!(db.reconcile().await.unwrap(), collect::Reclaimed::default());
 }
 
+#[tokio::test]
+async fn what_lost_its_bytes_is_dropped_and_can_be_made_anew() {
+    let World { db, kv, dir } = world();
+    let a = scope("a");
+    let s = db.snapshots("native").unwrap();
+    s.prepare(&a, "k", None, Labels::new()).await.unwrap();
+    s.commit(&a, "base", "k", CommitOptions::default())
+        .await
+        .unwrap();
+    s.prepare(&a, "lost", Some("base"), Labels::new())
+        .await
+        .unwrap();
+    let mut writer = db.content().writer(&a, "r", 0, None).await.unwrap();
+    writer.write(Bytes::from_static(b"half")).await.unwrap();
+    drop((writer, db, s));
+    let ingests = dir.path().join("content/ingest");
+    for entry in std::fs::read_dir(&ingests).unwrap() {
+        std::fs::remove_dir_all(entry.unwrap().path()).unwrap();
+    }
+    // One that was being made, and one that was being removed.
+    std::fs::create_dir_all(ingests.join("half-made")).unwrap();
+    std::fs::remove_dir_all(dir.path().join("native/snapshots")).unwrap();
+    let db = open(&kv, dir.path(), SharingPolicy::Shared);
+    let done = db.reconcile().await.unwrap();
+    assert_eq!((done.ingests, done.broken), (1, 3));
+    assert_eq!(std::fs::read_dir(&ingests).unwrap().count(), 0);
+    assert_eq!(
+        kind(db.content().status(&a, "r").await),
+        ErrorKind::NotFound
+    );
+    let s = db.snapshots("native").unwrap();
+    assert!(s.list(&a, &Filter::default()).await.unwrap().is_empty());
+    s.prepare(&a, "lost", None, Labels::new()).await.unwrap();
+    db.content().writer(&a, "r", 0, None).await.unwrap();
+    assert_eq!(db.reconcile().await.unwrap(), collect::Reclaimed::default());
+}
+
 /// A plain judge: full reach over everything.
 #[derive(Default)]
 struct Plain {
@@ -509,7 +546,10 @@ impl Plain {
         db.facts(&mut |fact| match fact {
             Fact::Exists(node) => plain.found.push(node),
             Fact::Root(node, _) => roots.push(node),
-            Fact::Edge { from, to, .. } => plain.edges.entry(from).or_default().push(to),
+            Fact::Edge { from, to, .. } | Fact::Conditional { from, to, .. } => {
+                plain.edges.entry(from).or_default().push(to);
+            }
+            Fact::UsedAt(..) => {}
         })
         .unwrap();
         for root in roots {
