@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use prost::Message;
 
 /// Folders below the crate root that hold `.proto` files, one per family of APIs.
-const FAMILIES: [&str; 4] = ["containerd", "cri", "nri", "runtime"];
+const FAMILIES: [&str; 5] = ["containerd", "cri", "lighter", "nri", "runtime"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?);

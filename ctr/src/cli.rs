@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use crate::advice;
 use crate::client::Client;
 use crate::commands::{
-    completion, containers, content, deprecations, events, images, info, leases, namespaces, oci,
-    plugins, run, sandboxes, snapshots, tasks, version,
+    completion, containers, content, deprecations, disk, events, images, info, leases, namespaces,
+    oci, plugins, run, sandboxes, snapshots, tasks, version,
 };
 use crate::duration;
 use crate::table::Format;
@@ -120,6 +120,13 @@ enum Command {
     /// Manage sandboxes
     #[command(visible_aliases = ["sandbox", "sb", "s"], subcommand)]
     Sandboxes(sandboxes::Command),
+    /// Say why an object is still there: the way to it from a root
+    Why(disk::Why),
+    /// Show what uses the disk, by namespace, snapshotter and image
+    Df(disk::Df),
+    /// Remove what nobody needs, and say what that freed
+    #[command(subcommand)]
+    Prune(disk::Prune),
     /// Tools for OCI specs
     #[command(subcommand)]
     Oci(oci::Command),
@@ -186,6 +193,9 @@ async fn dispatch(ctx: &Ctx, command: Command) -> anyhow::Result<u8> {
         Command::Namespaces(command) => command.run(ctx).await,
         Command::Snapshots(snapshots) => snapshots.run(ctx).await,
         Command::Sandboxes(command) => command.run(ctx).await,
+        Command::Why(why) => why.run(ctx).await,
+        Command::Df(df) => df.run(ctx).await,
+        Command::Prune(prune) => prune.run(ctx).await,
         Command::Info => info::run(ctx).await,
         Command::Deprecations(command) => command.run(ctx).await,
         Command::Oci(_) | Command::Completion(_) => unreachable!("run without a daemon"),
@@ -259,6 +269,14 @@ mod tests {
             "sandboxes ls",
             "oci spec",
             "completion bash",
+            "why content sha256:x",
+            "why snapshot key --snapshotter native",
+            "df -A --images",
+            "--format json df",
+            "prune images --dry-run",
+            "prune leases --older-than 48h",
+            "prune content --labelled",
+            "prune snapshots -A --dry-run",
             "version",
             "info",
         ] {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use hyper_util::rt::TokioIo;
 use lighter_proto::containerd::services as api;
+use lighter_proto::lighter::disk::v1::disk_client::DiskClient;
 use tokio::net::UnixStream;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
@@ -40,6 +41,19 @@ impl Interceptor for Headers {
             metadata.insert("containerd-lease", lease.clone());
         }
         Ok(request)
+    }
+}
+
+/// [`Headers`] where a namespace is meant, none where all are.
+#[derive(Debug, Clone)]
+pub(crate) struct Scoped(Option<Headers>);
+
+impl Interceptor for Scoped {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        match &mut self.0 {
+            Some(headers) => headers.call(request),
+            None => Ok(request),
+        }
     }
 }
 
@@ -86,6 +100,19 @@ services! {
 }
 
 impl Client {
+    /// What uses the disk; only our own daemon has it. Without a namespace it is about all.
+    pub(crate) fn disk(
+        &self,
+        all_namespaces: bool,
+    ) -> DiskClient<InterceptedService<Channel, Scoped>> {
+        let headers = (!all_namespaces).then(|| self.headers.clone());
+        DiskClient::new(InterceptedService::new(
+            self.channel.clone(),
+            Scoped(headers),
+        ))
+        .max_decoding_message_size(MAX_MESSAGE)
+    }
+
     /// Connects to the daemon's socket.
     pub(crate) async fn connect(global: &Global) -> anyhow::Result<Self> {
         let path = PathBuf::from(socket_path(&global.address));

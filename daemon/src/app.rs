@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use lighter_engine::differ::Differ;
 use lighter_engine::gc::{self, Collector};
 use lighter_engine::mounts::Mounts;
+use lighter_engine::restart::Monitor;
 use lighter_engine::runtime::{self, Launcher, LogLevel, Manager};
 use lighter_engine::sandbox::{Sandboxes, ShimController};
 use lighter_engine::streaming::Streams;
@@ -38,6 +39,11 @@ const BLOCKING_KEEP: Duration = Duration::from_secs(5);
 const REQUESTS_LIMIT: Duration = Duration::from_secs(1);
 /// How long tasks may take to be made or removed then.
 const WORK_LIMIT: Duration = Duration::from_secs(10);
+
+/// The plugin that starts containers again.
+const RESTART_MONITOR: &str = "io.containerd.monitor.container.v1.restart";
+/// How often it looks when nothing is configured.
+const RESTART_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Runs the daemon until a signal ends it. Containers go on.
 ///
@@ -202,6 +208,7 @@ impl App {
             db: db.clone(),
             tasks: tasks.clone(),
             collector: collector.clone(),
+            root: config.root.clone(),
             differ: Differ {
                 content: db.content(),
                 processors: transfers::processors(&config),
@@ -260,6 +267,10 @@ impl App {
             tracker.spawn(http::serve_unix(listener, pages, stop.clone()));
         }
         tracker.spawn(collector.run(stop.clone()));
+        if !config.disabled(RESTART_MONITOR) {
+            let monitor = Monitor::new(db.clone(), tasks.clone(), restart_interval(&config)?);
+            tracker.spawn(monitor.run(stop.clone()));
+        }
         tracker.spawn(stores::keep_exported(kv, config.root.clone(), stop.clone()));
         tracker.spawn(served(
             "grpc",
@@ -313,6 +324,17 @@ impl App {
         info!("stopped; containers go on");
         Ok(())
     }
+}
+
+/// How often containers are looked at that are to be restarted.
+fn restart_interval(config: &Config) -> anyhow::Result<Duration> {
+    let text = &config.plugins.restart.interval;
+    let interval = crate::config::duration("plugins.restart.interval", text)?;
+    Ok(if interval.is_zero() {
+        RESTART_INTERVAL
+    } else {
+        interval
+    })
 }
 
 /// When collections run.

@@ -28,6 +28,7 @@ use lighter_proto::containerd::services::streaming::v1::streaming_server::Stream
 use lighter_proto::containerd::services::tasks::v1::tasks_server::TasksServer;
 use lighter_proto::containerd::services::transfer::v1::transfer_server::TransferServer;
 use lighter_proto::containerd::services::version::v1::version_server::VersionServer;
+use lighter_proto::lighter::disk::v1::disk_server::DiskServer;
 use lighter_proto::runtime::v1::image_service_server::ImageServiceServer;
 use lighter_proto::runtime::v1::runtime_service_server::RuntimeServiceServer;
 use lighter_store::metadata::Db;
@@ -38,6 +39,7 @@ use crate::config::MessageLimits;
 use crate::services::containers::ContainersService;
 use crate::services::content::ContentService;
 use crate::services::diff::DiffService;
+use crate::services::disk::DiskService;
 use crate::services::events::EventsService;
 use crate::services::images::ImagesService;
 use crate::services::introspection::IntrospectionService;
@@ -59,6 +61,8 @@ pub(crate) struct Engines {
     pub(crate) tasks: Manager,
     /// Garbage collection.
     pub(crate) collector: Collector,
+    /// The daemon's directory.
+    pub(crate) root: std::path::PathBuf,
     /// Layers to mounts and back.
     pub(crate) differ: Differ,
     /// Sandbox controllers.
@@ -90,6 +94,7 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
         db,
         tasks,
         collector,
+        root,
         differ,
         sandboxes,
         mounts,
@@ -103,11 +108,12 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
         .set_service_status("", tonic_health::ServingStatus::Serving)
         .await;
     let leases = LeasesService::new(db.clone(), collector.clone());
-    let images = ImagesService::new(db.clone(), collector);
+    let images = ImagesService::new(db.clone(), collector.clone());
     Routes::new(health_server)
         .add_service(limited!(limits, VersionServer, VersionService))
         .add_service(limited!(limits, IntrospectionServer, introspection))
         .add_service(limited!(limits, DiffServer, DiffService::new(differ)))
+        .add_service(limited!(limits, DiskServer, DiskService::new(collector, root)))
         .add_service(limited!(limits, MountsServer, MountsService::new(mounts)))
         .add_service(limited!(limits, StoreServer, SandboxStore::new(&db)))
         .add_service(limited!(

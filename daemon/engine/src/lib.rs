@@ -9,6 +9,7 @@ pub mod gc;
 pub mod image;
 mod ingest;
 pub mod mounts;
+pub mod restart;
 pub mod runtime;
 pub mod sandbox;
 pub mod streaming;

@@ -150,7 +150,12 @@ pub(crate) fn graph(config: &Config, snapshotters: Vec<Plugin>) -> Graph {
     }
     graph.add(Plugin::new(kind::GRPC, "transfer").requires(&[kind::TRANSFER, kind::STREAMING]));
     graph.add(Plugin::new(kind::TTRPC, "events").requires(&[kind::EVENT]));
-    graph.add(Plugin::new(kind::RESTART, "restart").requires(&[kind::EVENT, kind::SERVICE]));
+    let policies = ["no", "always", "on-failure", "unless-stopped"];
+    graph.add(
+        Plugin::new(kind::RESTART, "restart")
+            .requires(&[kind::EVENT, kind::SERVICE])
+            .capabilities(policies.map(str::to_owned).to_vec()),
+    );
     graph
 }
 

@@ -169,6 +169,41 @@ impl Graph {
         Vec::new()
     }
 
+    /// Whether the object has a record.
+    #[must_use]
+    pub fn exists(&self, node: &Node) -> bool {
+        self.index
+            .get(node)
+            .is_some_and(|at| self.objects[*at].exists)
+    }
+
+    /// Everything that exists and is kept, itself included, by each of `roots`; flat and by labels.
+    #[must_use]
+    pub fn kept_by<'a>(&'a self, roots: &[Node]) -> Vec<Vec<&'a Node>> {
+        let mut names: Vec<Option<&Node>> = vec![None; self.objects.len()];
+        for (node, at) in &self.index {
+            names[*at] = Some(node);
+        }
+        let mut seen = vec![usize::MAX; self.objects.len()];
+        let mut all = Vec::with_capacity(roots.len());
+        for (turn, root) in roots.iter().enumerate() {
+            let mut found = Vec::new();
+            let mut grey: Vec<usize> = self.index.get(root).copied().into_iter().collect();
+            while let Some(at) = grey.pop() {
+                if std::mem::replace(&mut seen[at], turn) == turn {
+                    continue;
+                }
+                let object = &self.objects[at];
+                if object.exists {
+                    found.extend(names[at]);
+                }
+                grey.extend(object.edges.iter().map(|(to, _)| *to));
+            }
+            all.push(found);
+        }
+        all
+    }
+
     fn path(
         &self,
         end: (usize, Reach),

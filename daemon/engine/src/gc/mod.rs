@@ -1,19 +1,26 @@
 //! Garbage collection: what nothing keeps any more is removed, beside running requests.
 //!
 //! `mark.rs` decides (pure), `sweep.rs` removes in small batches, `scheduler.rs` says when. No step
-//! holds a lock that a request waits for longer than one small batch.
+//! holds a lock that a request waits for longer than one small batch. `why.rs` explains, `disk.rs`
+//! measures, `prune.rs` gives up more than a collection would.
 
+mod disk;
 mod mark;
+mod prune;
 mod scheduler;
 mod sweep;
+mod why;
 
 use async_trait::async_trait;
 use lighter_proto::errdefs::{Classify, ErrorKind, render};
 use lighter_store::metadata::edges::{Kind, Node};
 
+pub use self::disk::{DiskUsage, ImageUsage, KindUsage};
 pub use self::mark::Graph;
+pub use self::prune::{Prune, Pruned};
 pub use self::scheduler::{Collector, Config};
-pub use self::sweep::{Summary, Usage};
+pub use self::sweep::Summary;
+pub use self::why::Step;
 
 /// Why a collection failed.
 #[derive(Debug, Clone, thiserror::Error)]

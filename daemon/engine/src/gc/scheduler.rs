@@ -14,11 +14,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use lighter_store::metadata::Db;
-use lighter_store::metadata::edges::Node;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::sweep::{self, Summary, Usage};
+use super::sweep::{self, Summary};
 use super::{Collectable, Error, failed};
 
 /// The least time that a run is counted with.
@@ -150,25 +149,21 @@ impl Collector {
         Ok(summary)
     }
 
-    /// The path from a root to `object`, both included; empty when nothing keeps it.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub async fn why(&self, object: Node) -> Result<Vec<Node>, Error> {
+    /// Runs `work` with the records and the engines on a thread that may block.
+    pub(super) async fn look<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Db, &[Arc<dyn Collectable>]) -> Result<T, lighter_store::Error>
+        + Send
+        + 'static,
+    ) -> Result<T, Error> {
         let (db, engines) = (self.inner.db.clone(), self.engines().clone());
-        let found = blocking(move || Ok(sweep::graph(&db, &engines)?.0.why(&object))).await;
-        found.map_err(failed)
+        let done = blocking(move || work(&db, &engines)).await;
+        done.map_err(failed)
     }
 
-    /// What uses the disk, by namespace and kind, and how much of it a collection would free.
-    ///
-    /// # Errors
-    /// When the database or a snapshotter fails.
-    pub async fn disk_usage(&self) -> Result<Vec<Usage>, Error> {
-        let (db, engines) = (self.inner.db.clone(), self.engines().clone());
-        let graph = blocking(move || sweep::graph(&db, &engines)).await;
-        let (graph, _items) = graph.map_err(failed)?;
-        sweep::usage(&self.inner.db, &graph).await.map_err(failed)
+    /// The records.
+    pub(super) fn db(&self) -> &Db {
+        &self.inner.db
     }
 
     /// Schedules collections until `stop`; then waits for the one under way.

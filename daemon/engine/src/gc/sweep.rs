@@ -1,14 +1,13 @@
 //! One collection: scan, mark, removal in small batches, and the stores below afterwards.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lighter_store::filter::Filter;
+use lighter_store::Error;
 use lighter_store::metadata::Db;
 use lighter_store::metadata::collect::{Judge as _, Reclaimed};
 use lighter_store::metadata::edges::{Fact, Kind, Node, Reach};
-use lighter_store::{Error, Scope};
 
 use super::mark::Graph;
 use super::{Collectable, Item};
@@ -29,23 +28,6 @@ pub struct Summary {
     pub took: Duration,
     /// The longest that it kept other changes waiting.
     pub longest_batch: Duration,
-}
-
-/// Disk use of one kind of object in one namespace.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Namespace.
-    pub namespace: String,
-    /// `content`, or `snapshots/<snapshotter>`.
-    pub kind: String,
-    /// Objects.
-    pub count: u64,
-    /// Bytes; a blob that several namespaces hold counts in each.
-    pub bytes: u64,
-    /// Objects that nothing keeps.
-    pub garbage_count: u64,
-    /// Their bytes.
-    pub garbage_bytes: u64,
 }
 
 type Engines = [Arc<dyn Collectable>];
@@ -85,6 +67,15 @@ fn engine_facts(items: &[Held], state: &mut dyn FnMut(Fact)) {
 
 /// All facts, marked; and what engines had. Blocks.
 pub(super) fn graph(db: &Db, engines: &Engines) -> Result<(Graph, Vec<Held>), Error> {
+    graph_without(db, engines, &HashSet::new())
+}
+
+/// [`graph`], as if those of `given_up` were no roots.
+pub(super) fn graph_without(
+    db: &Db,
+    engines: &Engines,
+    given_up: &HashSet<Node>,
+) -> Result<(Graph, Vec<Held>), Error> {
     let mut graph = Graph::default();
     // Before the records: what an object is kept by is recorded before the object is made.
     let held = |engine: &Arc<dyn Collectable>| {
@@ -95,7 +86,10 @@ pub(super) fn graph(db: &Db, engines: &Engines) -> Result<(Graph, Vec<Held>), Er
     };
     let items: Vec<Held> = engines.iter().flat_map(held).collect();
     engine_facts(&items, &mut |fact| graph.state(fact));
-    db.facts(&mut |fact| graph.state(fact))?;
+    db.facts(&mut |fact| match fact {
+        Fact::Root(node, _) if given_up.contains(&node) => {}
+        fact => graph.state(fact),
+    })?;
     graph.mark();
     Ok((graph, items))
 }
@@ -137,51 +131,6 @@ pub(super) async fn remove_items(items: &[Held], summary: &mut Summary) {
             Err(error) => {
                 tracing::warn!(%error, object = %node(held), "removal by a collection");
             }
-        }
-    }
-}
-
-/// What uses the disk, and how much of it nothing keeps.
-pub(super) async fn usage(db: &Db, graph: &Graph) -> Result<Vec<Usage>, Error> {
-    let garbage: std::collections::HashSet<Node> = graph.garbage().into_iter().collect();
-    let mut all = Vec::new();
-    for (namespace, _) in db.namespaces().list()? {
-        let scope = Scope::new(namespace.clone());
-        let fresh = |kind: String| Usage {
-            namespace: namespace.as_str().to_owned(),
-            kind,
-            ..Usage::default()
-        };
-        let mut content = fresh("content".to_owned());
-        for info in db.content().list(&scope, &Filter::default())? {
-            let node = Node::new(Kind::Content, namespace.as_str(), info.digest.as_str());
-            content.add(info.size_bytes, garbage.contains(&node));
-        }
-        all.push(content);
-        for name in db.snapshotters() {
-            let snapshots = db.snapshots(name)?;
-            let mut used = fresh(format!("snapshots/{name}"));
-            for info in snapshots.list(&scope, &Filter::default()).await? {
-                // One that vanishes meanwhile uses nothing.
-                let size = snapshots.usage(&scope, &info.name).await;
-                let id = format!("{name}/{}", info.name);
-                let node = Node::new(Kind::Snapshot, namespace.as_str(), &id);
-                used.add(size.map_or(0, |u| u.size_bytes), garbage.contains(&node));
-            }
-            all.push(used);
-        }
-    }
-    all.retain(|usage| usage.count > 0);
-    Ok(all)
-}
-
-impl Usage {
-    fn add(&mut self, bytes: u64, garbage: bool) {
-        self.count += 1;
-        self.bytes += bytes;
-        if garbage {
-            self.garbage_count += 1;
-            self.garbage_bytes += bytes;
         }
     }
 }

@@ -43,6 +43,25 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Every kind.
+    pub const ALL: [Self; 9] = [
+        Self::Lease,
+        Self::Image,
+        Self::Container,
+        Self::Sandbox,
+        Self::Ingest,
+        Self::Snapshot,
+        Self::Content,
+        Self::Mount,
+        Self::Stream,
+    ];
+
+    /// The kind of a word, as [`Kind::as_str`] says it.
+    #[must_use]
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == word)
+    }
+
     /// The word for it in reference labels and answers.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -320,6 +339,37 @@ pub fn back_references(node: &Node, labels: &Labels, each: &mut dyn FnMut(Node))
             each(from);
         }
     }
+}
+
+/// The label of `from` or of `to` by which `from` keeps `to`, given the labels of both.
+#[must_use]
+pub fn naming_label<'a>(
+    from: &Node,
+    from_labels: &'a Labels,
+    to: &Node,
+    to_labels: &'a Labels,
+) -> Option<&'a str> {
+    let refers = from_labels.iter().find(|(key, value)| {
+        let rest = key.strip_prefix(labels::GC_REF);
+        rest.and_then(|rest| referenced(rest, &from.namespace, value))
+            .as_ref()
+            == Some(to)
+            || key.starts_with(labels::GC_COND) && {
+                let (name, target) = (to.id.split('/').next(), to.id.split_once('/'));
+                to.kind == Kind::Snapshot
+                    && value.split_once('|').map(|(_, key)| key) == target.map(|(_, key)| key)
+                    && name.is_some_and(|name| key.contains(name))
+            }
+    });
+    let referred = || {
+        to_labels.iter().find(|(key, value)| {
+            let rest = key.strip_prefix(labels::GC_BREF);
+            rest.and_then(|rest| back_referenced(rest, &to.namespace, value))
+                .as_ref()
+                == Some(from)
+        })
+    };
+    refers.or_else(referred).map(|(key, _)| key.as_str())
 }
 
 /// References of images and blobs that hold as long as the snapshot they name says so by its own
