@@ -24,9 +24,14 @@ use svc::events::v1::events_client::EventsClient;
 use svc::images::v1::images_client::ImagesClient;
 use svc::introspection::v1::introspection_client::IntrospectionClient;
 use svc::leases::v1::leases_client::LeasesClient;
+use svc::mounts::v1::mounts_client::MountsClient;
 use svc::namespaces::v1::namespaces_client::NamespacesClient;
+use svc::sandbox::v1::controller_client::ControllerClient;
+use svc::sandbox::v1::store_client::StoreClient;
 use svc::snapshots::v1::snapshots_client::SnapshotsClient;
+use svc::streaming::v1::streaming_client::StreamingClient;
 use svc::tasks::v1::tasks_client::TasksClient;
+use svc::transfer::v1::transfer_client::TransferClient;
 use svc::version::v1::version_client::VersionClient;
 
 use crate::{Image, Result, Spec};
@@ -117,12 +122,22 @@ services! {
     introspection: IntrospectionClient;
     /// Leases service.
     leases: LeasesClient;
+    /// Mounts service.
+    mounts: MountsClient;
     /// Namespaces service.
     namespaces: NamespacesClient;
+    /// Sandbox controllers.
+    sandbox_controller: ControllerClient;
+    /// Sandbox records.
+    sandbox_store: StoreClient;
     /// Snapshots service.
     snapshots: SnapshotsClient;
+    /// Streaming service.
+    streaming: StreamingClient;
     /// Tasks service.
     tasks: TasksClient;
+    /// Transfer service.
+    transfer: TransferClient;
     /// Version service.
     versions: VersionClient;
 }
@@ -183,6 +198,34 @@ impl Client {
     #[must_use]
     pub fn namespace(&self) -> &str {
         &self.headers.namespace
+    }
+
+    /// Runs a collection: a synchronous delete of a lease waits for one.
+    ///
+    /// # Errors
+    /// The daemon's status.
+    pub async fn collect(&self) -> std::result::Result<(), Status> {
+        use svc::leases::v1::{CreateRequest, DeleteRequest};
+        let id = format!("collect-{}", rand::random::<u32>());
+        let create = CreateRequest {
+            id: id.clone(),
+            labels: HashMap::new(),
+        };
+        self.leases().create(create).await?;
+        let delete = DeleteRequest { id, sync: true };
+        self.leases().delete(delete).await.map(drop)
+    }
+
+    /// Whether the daemon serves what containerd has since 2.2: `false` for Debian's 1.6.
+    ///
+    /// # Errors
+    /// When the daemon does not answer.
+    pub async fn is_recent(&self) -> Result<bool> {
+        Ok(!self
+            .version()
+            .await?
+            .trim_start_matches('v')
+            .starts_with("1."))
     }
 
     /// The daemon's version.

@@ -23,21 +23,6 @@ async fn exists(client: &Client, digest: &str) -> Result<bool> {
     }
 }
 
-/// Runs a collection: a synchronous delete of a lease waits for one.
-async fn collect(client: &Client) -> Result {
-    let id = format!("collect-{}", rand::random::<u32>());
-    let create = api::CreateRequest {
-        id: id.clone(),
-        labels: HashMap::new(),
-    };
-    client.leases().create(create).await?;
-    client
-        .leases()
-        .delete(api::DeleteRequest { id, sync: true })
-        .await?;
-    Ok(())
-}
-
 #[tokio::test]
 async fn a_lease_keeps_what_was_made_under_it() -> Result {
     let daemon = Daemon::start().await?;
@@ -58,7 +43,7 @@ async fn a_lease_keeps_what_was_made_under_it() -> Result {
     client
         .write_blob("free", &free, b"free", HashMap::new())
         .await?;
-    collect(&client).await?;
+    client.collect().await?;
     assert!(exists(&client, &held).await?, "a lease holds it");
     assert!(!exists(&client, &free).await?, "nothing holds it");
     let resources = api::ListResourcesRequest { id: "hold".into() };
@@ -97,7 +82,7 @@ async fn an_image_keeps_its_tree_and_its_deletion_frees_it() -> Result {
     let client = daemon.client().await?;
     let image = Image::busybox("docker.io/test/tree:1")?;
     client.store(&image).await?;
-    collect(&client).await?;
+    client.collect().await?;
     let blobs = [
         &image.manifest.digest,
         &image.config.digest,
@@ -140,7 +125,7 @@ async fn an_expired_lease_holds_nothing() -> Result {
         .under_lease("old")
         .write_blob("old", &digest, b"old", HashMap::new())
         .await?;
-    collect(&client).await?;
+    client.collect().await?;
     assert!(!exists(&client, &digest).await?);
     let left = client
         .leases()
