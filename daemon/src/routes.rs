@@ -113,7 +113,11 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
         .add_service(limited!(limits, VersionServer, VersionService))
         .add_service(limited!(limits, IntrospectionServer, introspection))
         .add_service(limited!(limits, DiffServer, DiffService::new(differ)))
-        .add_service(limited!(limits, DiskServer, DiskService::new(collector, root)))
+        .add_service(limited!(
+            limits,
+            DiskServer,
+            DiskService::new(collector, root)
+        ))
         .add_service(limited!(limits, MountsServer, MountsService::new(mounts)))
         .add_service(limited!(limits, StoreServer, SandboxStore::new(&db)))
         .add_service(limited!(

@@ -87,13 +87,7 @@ impl Erofs {
             remap_ids,
             root: config.root,
         };
-        Ok(Self(Local::open(
-            db,
-            prefix,
-            dirs,
-            driver,
-            Removal::Async,
-        )?))
+        Ok(Self(Local::open(db, prefix, dirs, driver, Removal::Async)?))
     }
 }
 
@@ -322,10 +316,7 @@ impl Driver for Images {
                 "upperdir={{ mount 0 }}/upper",
             ]));
         } else if active {
-            options.push(format!(
-                "workdir={}",
-                text(&below(dirs, record.id, "work"))
-            ));
+            options.push(format!("workdir={}", text(&below(dirs, record.id, "work"))));
             options.push(format!("upperdir={}", text(&below(dirs, record.id, "fs"))));
         }
         let first = mounts.len();
@@ -398,9 +389,10 @@ impl Driver for Images {
         // `fs` itself stays: its owner is inherited.
         let fs = below(dirs, record.id, "fs");
         let inside = fs::read_dir(&fs).into_iter().flatten().flatten();
-        let doomed = inside
-            .map(|entry| entry.path())
-            .chain([below(dirs, record.id, "rwlayer.img")]);
+        let doomed =
+            inside
+                .map(|entry| entry.path())
+                .chain([below(dirs, record.id, "rwlayer.img")]);
         for path in doomed {
             if let Err(error) = remove_tree(&path) {
                 tracing::warn!(error = %lighter_proto::errdefs::render(&error),

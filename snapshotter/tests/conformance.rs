@@ -9,8 +9,9 @@ use lighter_proto::errdefs::{Classify, ErrorKind};
 use lighter_snapshotter::mount::{Access, TempMount};
 use lighter_snapshotter::testsuite::{self, Form, Subject};
 use lighter_snapshotter::{
-    Blockfile, BlockfileConfig, CommitOptions, Erofs, ErofsConfig, LABEL_GID_MAPPING, LABEL_UID_MAPPING, LABEL_UPPER_DIR, Labels, Native,
-    Overlayfs, OverlayfsConfig, Proxy, Serve, Snapshotter,
+    Blockfile, BlockfileConfig, CommitOptions, Erofs, ErofsConfig, LABEL_GID_MAPPING,
+    LABEL_UID_MAPPING, LABEL_UPPER_DIR, Labels, Native, Overlayfs, OverlayfsConfig, Proxy, Serve,
+    Snapshotter,
 };
 
 fn overlayfs(db: &Db, root: &Path, change: impl FnOnce(&mut OverlayfsConfig)) -> Overlayfs {
@@ -94,7 +95,9 @@ fn blockfile_without_a_scratch_file_says_what_to_do() {
     };
     let error = Blockfile::open(Db::in_memory().unwrap(), b"s/", config).unwrap_err();
     assert!(
-        error.to_string().starts_with("no scratch file generator: set scratch_file"),
+        error
+            .to_string()
+            .starts_with("no scratch file generator: set scratch_file"),
         "{error}"
     );
 }
@@ -230,7 +233,11 @@ async fn erofs_hands_out_the_mounts_clients_know() {
     let sources: Vec<_> = mounts.iter().map(|m| m.source.clone()).collect();
     assert_eq!(
         sources,
-        [at("3/layer.erofs"), at("1/layer.erofs"), "overlay".to_owned()]
+        [
+            at("3/layer.erofs"),
+            at("1/layer.erofs"),
+            "overlay".to_owned()
+        ]
     );
     assert_eq!(
         mounts[2].options,

@@ -89,17 +89,14 @@ fn take_ours(mount: &mut Mount) -> Vec<(String, String)> {
 ///
 /// # Errors
 /// For instructions that make no sense, or when the image cannot be made; it is removed then.
-fn mkfs(
-    mount: &Mount,
-    ours: &[(String, String)],
-    roots: &[PathBuf],
-) -> Result<(), String> {
+fn mkfs(mount: &Mount, ours: &[(String, String)], roots: &[PathBuf]) -> Result<(), String> {
     let value = |name: &str| {
         let mut values = ours.iter().filter(|(n, _)| n == name);
         values.next().map(|(_, value)| value.as_str())
     };
     let size = value("mkfs.size").ok_or("mkfs needs option X-containerd.mkfs.size")?;
-    let size = size_bytes(size).ok_or_else(|| format!("X-containerd.mkfs.size={size} is no size"))?;
+    let size =
+        size_bytes(size).ok_or_else(|| format!("X-containerd.mkfs.size={size} is no size"))?;
     let kind = value("mkfs.fs").unwrap_or("ext4");
     if !matches!(kind, "ext2" | "ext3" | "ext4" | "xfs") {
         return Err(format!(

@@ -56,10 +56,7 @@ fn call(text: &str, active: &[Made<'_>]) -> Result<String, String> {
         ["overlay", start, end] => {
             let (start, end) = (index(start)?, index(end)?);
             let points = |range: &mut dyn Iterator<Item = usize>| {
-                range
-                    .map(|i| active[i].point)
-                    .collect::<Vec<_>>()
-                    .join(":")
+                range.map(|i| active[i].point).collect::<Vec<_>>().join(":")
             };
             Ok(if start <= end {
                 points(&mut (start..=end))

@@ -91,16 +91,15 @@ fn freed(garbage: &[Node], sizes: &Sizes) -> u64 {
         .filter(|node| node.kind == Kind::Content && !gone.contains(node))
         .map(|node| &*node.id)
         .collect();
-    let mut blobs = HashSet::new();
-    let frees = |node: &&Node| match node.kind {
-        Kind::Content => !kept.contains(&*node.id) && blobs.insert(&*node.id),
-        _ => true,
-    };
-    garbage
-        .iter()
-        .filter(frees)
-        .filter_map(|node| sizes.of.get(node))
-        .sum()
+    let mut blobs: HashSet<&str> = HashSet::new();
+    let mut freed = 0;
+    for node in garbage {
+        if node.kind == Kind::Content && (kept.contains(&*node.id) || !blobs.insert(&node.id)) {
+            continue;
+        }
+        freed += sizes.of.get(node).copied().unwrap_or_default();
+    }
+    freed
 }
 
 /// The roots that are none for once.

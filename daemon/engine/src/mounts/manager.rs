@@ -10,9 +10,7 @@ use async_trait::async_trait;
 use lighter_proto::errdefs::{Classify, ErrorKind, render};
 use lighter_proto::time::{from_nanos, to_nanos};
 use lighter_snapshotter::Mount;
-use lighter_snapshotter::mount::{
-    Made, has_prefix, is_mountpoint, mount_at, ready, unmount_all,
-};
+use lighter_snapshotter::mount::{Made, has_prefix, is_mountpoint, mount_at, ready, unmount_all};
 use lighter_store::filter::{Fields, Filter};
 use lighter_store::metadata::edges::{self, Kind, Node};
 use lighter_store::{Labels, Namespace, Scope};
