@@ -424,7 +424,6 @@ async fn snapshots_follow_the_contract_under_client_keys() {
     // Rebase: only of what has no parent, only on what is committed.
     let on = |parent: &str| CommitOptions {
         parent: Some(parent.into()),
-        ..CommitOptions::default(),
         ..CommitOptions::default()
     };
     assert_eq!(
