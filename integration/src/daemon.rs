@@ -15,6 +15,9 @@ use crate::{Cli, Client, Result, Subject, eventually, leftovers, subject};
 const GC_WHEN_ASKED: &str = "[plugins.'io.containerd.gc.v1.scheduler']\nstartup_delay = '1h'\n\
                              mutation_threshold = 1000000000\n";
 
+/// The plugin that is off unless asked for: it takes a port and watches directories.
+const CRI: &str = "\"io.containerd.grpc.v1.cri\"";
+
 /// What differs from a plain daemon.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
@@ -26,6 +29,8 @@ pub struct Options {
     pub root_mib: Option<u32>,
     /// Folder before all others in the daemon's `PATH`: shims are found there first.
     pub path: Option<PathBuf>,
+    /// Whether CRI is served.
+    pub cri: bool,
 }
 
 /// A running daemon and everything that belongs to it.
@@ -63,9 +68,9 @@ impl Daemon {
             .map(|n| n.replace("lighter-it-", "it-"))
             .context("a temporary name is UTF-8")?;
         let config = format!(
-            "version = 2\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = \
-             [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = {sock:?}\n[debug]\nlevel = \
-             {level:?}\n{GC_WHEN_ASKED}\n{extra}\n",
+            "version = 2\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = [{disabled}]\n\
+             [grpc]\naddress = {sock:?}\n[debug]\nlevel = {level:?}\n{GC_WHEN_ASKED}\n{extra}\n",
+            disabled = if options.cri { "" } else { CRI },
             root = dir.join("root"),
             state = dir.join("state"),
             sock = dir.join("c.sock"),

@@ -7,6 +7,7 @@
 
 mod cli;
 pub mod client;
+pub mod cri;
 mod daemon;
 mod eventually;
 pub mod image;

@@ -9,6 +9,12 @@
 mod bad_input;
 mod chaos;
 mod content;
+mod cri_attach;
+mod cri_containers;
+mod cri_exec;
+mod cri_info;
+mod cri_logs;
+mod cri_pods;
 mod ctr_debian;
 mod ctr_ours;
 mod disk;

@@ -1,0 +1,13 @@
+//! A kubelet's side of CRI: a client of both services, a node to run pods on, networks, streams.
+
+mod client;
+pub mod faults;
+mod log;
+mod network;
+mod node;
+pub mod stream;
+
+pub use client::{Cri, Pod};
+pub use log::{Line, lines};
+pub use network::{Network, Outside};
+pub use node::{Node, Settings, newer};
