@@ -89,6 +89,20 @@ impl Registry {
     /// # Errors
     /// When the push fails.
     pub fn push(&self, image: &Image, repository: &str, tag: &str) -> Result<String> {
+        self.push_as(image, repository, tag, None)
+    }
+
+    /// [`Registry::push`] with `user:password`.
+    ///
+    /// # Errors
+    /// When the push fails.
+    pub fn push_as(
+        &self,
+        image: &Image,
+        repository: &str,
+        tag: &str,
+        creds: Option<&str>,
+    ) -> Result<String> {
         let archive = self.dir.join("push.tar");
         fs::write(&archive, image.oci_archive()?)?;
         let reference = format!("{}/{repository}:{tag}", self.host());
@@ -100,6 +114,7 @@ impl Registry {
                 "--insecure-policy",
             ])
             .arg("--preserve-digests")
+            .args(creds.iter().flat_map(|creds| ["--dest-creds", creds]))
             .arg(format!("oci-archive:{}", archive.display()))
             .arg(format!("docker://{reference}"))
             .output()

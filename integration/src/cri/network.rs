@@ -207,15 +207,22 @@ impl Network {
     }
 }
 
-impl Drop for Network {
-    /// Also after a test that failed.
-    fn drop(&mut self) {
+impl Network {
+    /// Deletes rules that plugins left behind.
+    pub fn sweep(&self) {
         for (table, rule) in self.rules() {
             if let Some(rule) = rule.strip_prefix("-A") {
                 let delete = format!("iptables -w -t {table} -D{rule}");
                 let _ = Command::new("sh").args(["-c", &delete]).output();
             }
         }
+    }
+}
+
+impl Drop for Network {
+    /// Also after a test that failed.
+    fn drop(&mut self) {
+        self.sweep();
         let _ = Command::new("ip")
             .args(["link", "delete", &self.bridge])
             .output();

@@ -1,0 +1,252 @@
+//! CRI: the daemon is killed; pods and containers do not notice, and nothing of them is lost.
+
+use std::time::Duration;
+
+use lighter_integration::cri::stream::Transport;
+use lighter_integration::cri::{Node, newer};
+use lighter_integration::{Result, eventually};
+use lighter_proto::runtime::v1 as api;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+async fn pid_of(node: &Node, id: &str) -> Result<i32> {
+    let full = node.cri.full_status(id).await?;
+    let info: Value = serde_json::from_str(&full.info["info"])?;
+    Ok(i32::try_from(info["pid"].as_i64().unwrap_or(0))?)
+}
+
+/// What must be the same after a restart.
+async fn picture(node: &Node) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for pod in node.cri.pods(None).await? {
+        let status = node
+            .cri
+            .pod_status(&pod.id)
+            .await?
+            .status
+            .unwrap_or_default();
+        let address = status.network.clone().unwrap_or_default().ip;
+        let (name, state) = (pod.metadata.clone().unwrap_or_default().name, pod.state());
+        lines.push(format!(
+            "{} {name} {state:?} {} {address} {:?}",
+            pod.id, pod.created_at, pod.labels
+        ));
+    }
+    for container in node.cri.containers(None).await? {
+        let status = node.cri.status(&container.id).await?;
+        lines.push(format!(
+            "{} {:?} {:?} {} {} {} {} {} {}",
+            container.id,
+            container.metadata,
+            status.state(),
+            status.created_at,
+            status.started_at,
+            status.finished_at,
+            status.exit_code,
+            status.reason,
+            status.log_path
+        ));
+    }
+    lines.sort();
+    Ok(lines)
+}
+
+#[tokio::test]
+async fn everything_is_there_after_a_kill() -> Result {
+    let mut node = Node::with_network().await?;
+    let (pod, main) = node.run_idle("steady").await?;
+    let done = node
+        .cri
+        .run(&pod, &node.container("done", &["sh", "-c", "exit 3"]))
+        .await?;
+    node.cri.exited(&done).await?;
+    let created = node.cri.create(&pod, &node.idle("created")).await?;
+    let (stopped, _) = node.run_idle("stopped").await?;
+    node.cri.stop_pod(&stopped.id).await?;
+    let pid = pid_of(&node, &main).await?;
+    let before = picture(&node).await?;
+    for _ in 0..2 {
+        node.daemon.kill()?;
+        kill(Pid::from_raw(pid), None)?;
+        node.boot().await?;
+        assert_eq!(picture(&node).await?, before);
+    }
+    assert_eq!(pid_of(&node, &main).await?, pid);
+    assert_eq!(node.cri.shell(&main, "echo here").await?, "here\n");
+    let session = crate::cri_exec::exec(
+        &node,
+        &main,
+        &["sh", "-c", "echo streamed; exit 4"],
+        crate::cri_exec::OUT,
+        Transport::SPDY,
+    )
+    .await?;
+    let ended = session.finish().await?;
+    assert_eq!((ended.text().as_str(), ended.code()?), ("streamed\n", 4));
+    // What was only created can be started still; names are still taken.
+    node.cri.start(&created).await?;
+    let taken = node.cri.run_pod(&pod.config).await.unwrap_err();
+    assert!(
+        taken.message().contains("failed to reserve sandbox name"),
+        "{taken}"
+    );
+    let taken = node.cri.create(&pod, &node.idle("main")).await.unwrap_err();
+    assert!(
+        taken.message().contains("failed to reserve container name"),
+        "{taken}"
+    );
+    let late = node
+        .cri
+        .run(&pod, &node.container("late", &["true"]))
+        .await?;
+    assert_eq!(node.cri.exited(&late).await?.exit_code, 0);
+    node.cri.stop(&main, 10).await?;
+    assert_eq!(node.cri.status(&main).await?.exit_code, 0);
+    for id in [&main, &done, &created, &late] {
+        node.cri.remove(id).await?;
+    }
+    node.cri.end_pod(&stopped.id).await?;
+    node.finish().await
+}
+
+#[tokio::test]
+async fn what_ends_while_the_daemon_is_away_is_told_after() -> Result {
+    let mut node = Node::with_network().await?;
+    let (pod, main) = node.run_idle("away").await?;
+    let script = "trap 'exit 5' TERM; while :; do sleep 0.05; done";
+    let five = node
+        .cri
+        .run(&pod, &node.container("five", &["sh", "-c", script]))
+        .await?;
+    let (other, inner) = node.run_idle("other").await?;
+    let pid = pid_of(&node, &five).await?;
+    let info = crate::cri_pods::info(&node, &other.id).await?;
+    let pause = i32::try_from(info["pid"].as_i64().unwrap_or(0))?;
+    node.daemon.kill()?;
+    // A signal before the trap is set would kill: the daemon was asked for pids since.
+    kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+    kill(Pid::from_raw(pause), Signal::SIGKILL)?;
+    let gone = async |pid: i32| {
+        eventually("the process is gone", async || {
+            Ok(kill(Pid::from_raw(pid), None).is_err().then_some(()))
+        })
+        .await
+    };
+    gone(pid).await?;
+    gone(pause).await?;
+    node.boot().await?;
+    let status = node.cri.exited(&five).await?;
+    let told = (status.exit_code, status.reason.as_str()) == (5, "Error");
+    assert!(told || newer("exits meanwhile are told"), "{status:?}");
+    assert!(status.finished_at > 0);
+    let state = node.cri.status(&main).await?.state();
+    assert_eq!(state, api::ContainerState::ContainerRunning);
+    let state = node.cri.pod_state(&other.id).await?;
+    assert_eq!(state, api::PodSandboxState::SandboxNotready);
+    node.cri.stop(&inner, 0).await?;
+    node.cri.end_pod(&other.id).await?;
+    node.finish().await
+}
+
+#[tokio::test]
+async fn logs_go_on_without_the_daemon() -> Result {
+    if newer("a log that does not need the daemon") {
+        return Ok(());
+    }
+    let mut node = Node::start().await?;
+    let pod = node.run_pod("chatty").await?;
+    let script = "n=0; while [ $n -lt 20000 ]; do n=$((n+1)); echo line $n; [ $((n % 100)) = 0 ] && sleep 0.01; done; exit 2";
+    let id = node
+        .cri
+        .run(&pod, &node.container("main", &["sh", "-c", script]))
+        .await?;
+    let length = || node.log(&pod, "main").map_or(0, |l| l.len());
+    eventually("it talks", async || Ok((length() > 100).then_some(()))).await?;
+    node.daemon.kill()?;
+    let length = || node.log(&pod, "main").map_or(0, |l| l.len());
+    eventually("it talks to the end", async || {
+        Ok((length() >= 20000).then_some(()))
+    })
+    .await?;
+    node.boot().await?;
+    assert_eq!(node.cri.exited(&id).await?.exit_code, 2);
+    let lines = node.log(&pod, "main")?;
+    assert_eq!(lines.len(), 20000);
+    for (n, line) in lines.iter().enumerate() {
+        assert_eq!(line.text, format!("line {}", n + 1));
+    }
+    node.finish().await
+}
+
+#[tokio::test]
+async fn logs_are_reopened_and_input_arrives_after_a_kill() -> Result {
+    let mut node = Node::start().await?;
+    let pod = node.run_pod("io").await?;
+    let mut config = node.container("main", &["sh", "-c", "while read l; do echo got $l; done"]);
+    config.stdin = true;
+    let id = node.cri.run(&pod, &config).await?;
+    node.daemon.kill()?;
+    node.boot().await?;
+    let mut session =
+        crate::cri_attach::attach(&node, &id, crate::cri_exec::IN_OUT, Transport::SPDY).await?;
+    session.write(b"word\n").await?;
+    session.until("got word").await?;
+    let path = node.logs("io").join("main.log");
+    std::fs::rename(&path, node.logs("io").join("old"))?;
+    let request = api::ReopenContainerLogRequest {
+        container_id: id.clone(),
+    };
+    node.cri.runtime().reopen_container_log(request).await?;
+    session.write(b"more\n").await?;
+    session.until("got more").await?;
+    let lines = eventually("the new file has it", async || {
+        Ok(node.log(&pod, "main").ok().filter(|l| !l.is_empty()))
+    })
+    .await?;
+    assert_eq!(lines[0].text, "got more");
+    node.finish().await
+}
+
+#[tokio::test]
+async fn what_a_kill_interrupts_is_cleaned_up_and_can_be_done_again() -> Result {
+    if newer("cleaning up what a kill interrupted") {
+        return Ok(());
+    }
+    let mut node = Node::with_network().await?;
+    for (round, after) in [0, 15, 40, 80, 150, 250, 400].into_iter().enumerate() {
+        let mut work = tokio::task::JoinSet::new();
+        for n in 0..3 {
+            let cri = node.cri.clone();
+            let (pod, container) = (node.pod(&format!("p{n}")), node.idle("main"));
+            work.spawn(async move {
+                let pod = cri.run_pod(&pod).await?;
+                let id = cri.run(&pod, &container).await?;
+                cri.stop(&id, 5).await?;
+                cri.end_pod(&pod.id).await
+            });
+        }
+        tokio::time::sleep(Duration::from_millis(after)).await;
+        node.daemon.kill()?;
+        work.shutdown().await;
+        node.boot().await?;
+        // As a kubelet does: what is there is stopped and removed; it must always work.
+        for pod in node.cri.pods(None).await? {
+            node.cri.end_pod(&pod.id).await?;
+        }
+        let left = node.cri.containers(None).await?;
+        assert!(left.is_empty(), "round {round}: {left:?}");
+        let left = node.cri.pods(None).await?;
+        assert!(left.is_empty(), "round {round}: {left:?}");
+        eventually("the network holds nothing", async || {
+            let held = node.network.held();
+            Ok(held.is_empty().then_some(()))
+        })
+        .await
+        .map_err(|e| e.context(format!("round {round}: {:?}", node.network.held())))?;
+    }
+    let (pod, id) = node.run_idle("p0").await?;
+    assert_eq!(node.cri.shell(&id, "echo well").await?, "well\n");
+    node.cri.end_pod(&pod.id).await?;
+    node.finish().await
+}
