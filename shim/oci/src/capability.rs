@@ -1,64 +1,27 @@
 //! Capabilities: names to bits, and the order in which the sets are put on.
 
+use std::str::FromStr;
+
+use caps::Capability;
+
 use crate::error::{Context, Result};
 use crate::spec::Capabilities;
 use crate::sys::{self, CapSets};
 
-/// Names in the order of their numbers, without `CAP_` (linux/capability.h).
-pub(crate) const NAMES: &[&str] = &[
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
-
 const PR_CAP_AMBIENT_RAISE: u64 = 2;
 const PR_CAP_AMBIENT_CLEAR_ALL: u64 = 4;
 
+/// Names in the order of their numbers.
+pub(crate) fn names() -> Vec<String> {
+    let mut known: Vec<Capability> = caps::all().into_iter().collect();
+    known.sort_unstable_by_key(Capability::index);
+    known.iter().map(ToString::to_string).collect()
+}
+
+/// The bit of a name, in any case and with or without `CAP_`.
 fn bit(name: &str) -> Option<u64> {
-    let upper = name.to_ascii_uppercase();
-    let bare = upper.strip_prefix("CAP_").unwrap_or(&upper);
-    NAMES
-        .iter()
-        .position(|known| *known == bare)
-        .map(|number| 1 << number)
+    let known = Capability::from_str(&caps::to_canonical(name));
+    known.ok().map(|known| known.bitmask())
 }
 
 /// The bits of known names. Unknown ones are skipped, as runc does: the configuration may be newer than this list.
@@ -135,5 +98,7 @@ mod tests {
         assert_eq!(bit("cap_sys_admin"), Some(1 << 21));
         assert_eq!(bit("CAP_CHECKPOINT_RESTORE"), Some(1 << 40));
         assert_eq!(bit("CAP_FUTURE"), None);
+        assert_eq!(names()[0], "CAP_CHOWN");
+        assert_eq!(names().len(), 41);
     }
 }

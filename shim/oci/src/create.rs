@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
     SocketFlags, SocketType,
@@ -23,7 +24,7 @@ use crate::spawn::{self, Birth, Newborn};
 use crate::spec::{Linux, Process, Spec};
 use crate::state::{self, Directory, Record, check_id, process_stat};
 use crate::sys::{CLONE_NEWTIME, CloneRequest};
-use crate::{hooks, resctrl};
+use crate::{hooks, netdev, resctrl};
 
 /// What is undone when creating fails.
 struct Undo<'a> {
@@ -115,6 +116,9 @@ impl Creation<'_> {
         };
         let systemd = self.runtime.options.driver == CgroupDriver::Systemd;
         let group = self.plan_group(systemd)?;
+        if let Some(group) = &group {
+            group.check_unused()?;
+        }
         undo.group.clone_from(&group);
         if let Some(group) = group.as_ref().filter(|_| !systemd) {
             self.make_group(group, &mut undo)?;
@@ -321,10 +325,34 @@ impl Creation<'_> {
         if foreign_user {
             identity::set_rlimits(child.pid, self.process)?;
         }
+        self.move_net_devices(child.pid)?;
         if foreign_user || systemd {
             channel.send(Message::Go(child.pid))?;
         }
         Ok(())
+    }
+
+    fn move_net_devices(&self, pid: i32) -> Result<()> {
+        let devices = &self.linux.net_devices;
+        if devices.is_empty() {
+            return Ok(());
+        }
+        let opened;
+        let namespace = match self.namespaces.joins(libc::CLONE_NEWNET) {
+            Some(joined) => joined,
+            None if self.namespaces.has_new(libc::CLONE_NEWNET) => {
+                let path = format!("/proc/{pid}/ns/net");
+                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                opened = rustix::fs::open(&path, flags, Mode::empty()).context(|| path)?;
+                &opened
+            }
+            None => {
+                return Err(Error::Spec(
+                    "netDevices need a network namespace of the container's own".into(),
+                ));
+            }
+        };
+        netdev::move_into(devices, namespace.as_fd())
     }
 
     fn run_prestart_hooks(&self, pid: i32) -> Result<()> {
@@ -387,6 +415,7 @@ impl Creation<'_> {
                 .filter(|hooks| !(hooks.poststart.is_empty() && hooks.poststop.is_empty())),
             seccomp: self.seccomp.clone(),
             personality: self.linux.personality.clone(),
+            memory_policy: self.linux.memory_policy.clone(),
         }
     }
 }

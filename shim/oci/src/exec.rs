@@ -161,6 +161,7 @@ impl Joining<'_> {
                 id: &self.record.id,
                 process: self.request.process,
                 personality: self.record.personality.as_ref(),
+                memory_policy: self.record.memory_policy.as_ref(),
                 init,
                 namespaces: namespaces & !libc::CLONE_NEWPID,
                 user_namespace,

@@ -63,6 +63,7 @@ mod hooks;
 mod init;
 mod mount;
 mod namespaces;
+mod netdev;
 mod request;
 mod resctrl;
 mod runtime;

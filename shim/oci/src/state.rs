@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup::Group;
 use crate::error::{Context, Error, Result};
 use crate::seccomp::Program;
-use crate::spec::linux::Personality;
+use crate::spec::linux::{MemoryPolicy, Personality};
 use crate::spec::{Hooks, Spec};
 
 /// Version of [`Record`].
@@ -100,6 +100,8 @@ pub(crate) struct Record {
     pub(crate) seccomp: Option<Program>,
     #[serde(default)]
     pub(crate) personality: Option<Personality>,
+    #[serde(default)]
+    pub(crate) memory_policy: Option<MemoryPolicy>,
 }
 
 impl Record {

@@ -471,6 +471,20 @@ pub(crate) fn set_domain_name(name: &str) -> io::Result<()> {
         .map(drop)
 }
 
+/// Sets the memory policy of the caller (set_mempolicy(2)); no nodes is an empty mask.
+pub(crate) fn set_mempolicy(mode: i32, nodes: &[u64]) -> io::Result<()> {
+    let bits = nodes.len() * 64;
+    // The kernel takes one bit less than it is told.
+    let told = if nodes.is_empty() { 0 } else { bits + 1 };
+    let mask = if nodes.is_empty() {
+        ptr::null()
+    } else {
+        nodes.as_ptr()
+    };
+    // SAFETY: `mask` is null or points to `bits` bits.
+    check(unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, told) }).map(drop)
+}
+
 /// Sets the execution domain (personality(2)).
 pub(crate) fn set_personality(persona: u64) -> io::Result<()> {
     // SAFETY: only an integer is passed.

@@ -86,8 +86,11 @@ pub(super) fn rules(resources: &Resources) -> Vec<Rule> {
                 write: access.contains('w'),
                 mknod: access.contains('m'),
             };
-            // "All kinds" with a number is one rule for each kind.
-            if kind == 'a' && (major.is_some() || minor.is_some()) {
+            // "All kinds" with a number or not with every access is one rule for each kind.
+            let every = ['r', 'w', 'm']
+                .iter()
+                .all(|letter| access.contains(*letter));
+            if kind == 'a' && (major.is_some() || minor.is_some() || !every) {
                 vec![one('b'), one('c')]
             } else {
                 vec![one(kind)]
@@ -114,6 +117,9 @@ pub(super) fn rules(resources: &Resources) -> Vec<Rule> {
     rules
 }
 
+/// Making nodes (1), reading (2) and writing (4).
+const ALL_ACCESS: u32 = 7;
+
 /// eBPF instruction words.
 mod op {
     pub(super) const LOAD_W: u8 = 0x61;
@@ -121,7 +127,7 @@ mod op {
     pub(super) const AND: u8 = 0x54;
     pub(super) const RSH: u8 = 0x74;
     pub(super) const JNE: u8 = 0x56;
-    pub(super) const JNE_REG: u8 = 0x5e;
+    pub(super) const JEQ: u8 = 0x16;
     pub(super) const MOV: u8 = 0xb4;
     pub(super) const EXIT: u8 = 0x95;
 }
@@ -133,8 +139,8 @@ fn instruction(code: u8, to: u8, from: u8, offset: i16, value: u32) -> u64 {
         | (u64::from(value) << 32)
 }
 
-/// The program: type in r2, access in r3, major in r4, minor in r5; rules from the last to the first, because the last
-/// that matches decides; nothing matches: denied.
+/// The program: type in r2, accesses that are not decided yet in r3, major in r4, minor in r5; rules from the last to the
+/// first, because for each access the last that matches decides; nothing matches: denied.
 fn program(rules: &[Rule]) -> Vec<u64> {
     let mut code = vec![
         instruction(op::LOAD_W, 2, 1, 0, 0),
@@ -145,36 +151,40 @@ fn program(rules: &[Rule]) -> Vec<u64> {
         instruction(op::LOAD_W, 5, 1, 8, 0),
     ];
     for rule in rules.iter().rev() {
-        let all = rule.kind == 'a';
-        let mut tests: Vec<(u8, u8, u8, u32)> = Vec::new();
         let access =
             u32::from(rule.mknod) | (u32::from(rule.read) << 1) | (u32::from(rule.write) << 2);
-        let mut block = Vec::new();
-        if !all {
-            tests.push((op::JNE, 2, 0, if rule.kind == 'b' { 1 } else { 2 }));
-            if access != 7 {
-                // Every access asked for must be among the rule's: r1 = asked & rule; r1 == asked.
-                block.push(instruction(op::MOV_REG, 1, 3, 0, 0));
-                block.push(instruction(op::AND, 1, 0, 0, access));
-                tests.push((op::JNE_REG, 1, 3, 0));
-            }
-            if let Some(major) = rule.major {
-                tests.push((op::JNE, 4, 0, major));
-            }
-            if let Some(minor) = rule.minor {
-                tests.push((op::JNE, 5, 0, minor));
-            }
+        let everything = rule.kind == 'a' && access == ALL_ACCESS;
+        // Jumps to the next rule: (code, register, value).
+        let mut tests: Vec<(u8, u8, u32)> = Vec::new();
+        if rule.kind != 'a' {
+            tests.push((op::JNE, 2, if rule.kind == 'b' { 1 } else { 2 }));
         }
-        let tail = tests.len() + 2;
-        for (index, (code, to, from, value)) in tests.into_iter().enumerate() {
-            let skip =
-                i16::try_from(tail - index - 1).expect("a rule is a handful of instructions");
-            block.push(instruction(code, to, from, skip, value));
+        if let Some(major) = rule.major {
+            tests.push((op::JNE, 4, major));
         }
-        block.push(instruction(op::MOV, 0, 0, 0, u32::from(rule.allow)));
-        block.push(instruction(op::EXIT, 0, 0, 0, 0));
-        code.extend(block);
-        if all {
+        if let Some(minor) = rule.minor {
+            tests.push((op::JNE, 5, minor));
+        }
+        let mut decision = Vec::new();
+        if rule.allow && access != ALL_ACCESS {
+            // What the rule allows is decided; the rest is for earlier rules.
+            decision.push(instruction(op::AND, 3, 0, 0, ALL_ACCESS & !access));
+            decision.push(instruction(op::JNE, 3, 0, 2, 0));
+        } else if access != ALL_ACCESS {
+            decision.push(instruction(op::MOV_REG, 1, 3, 0, 0));
+            decision.push(instruction(op::AND, 1, 0, 0, access));
+            decision.push(instruction(op::JEQ, 1, 0, 2, 0));
+        }
+        decision.push(instruction(op::MOV, 0, 0, 0, u32::from(rule.allow)));
+        decision.push(instruction(op::EXIT, 0, 0, 0, 0));
+        let count = tests.len();
+        for (index, (test, register, value)) in tests.into_iter().enumerate() {
+            let skip = i16::try_from(count - index - 1 + decision.len())
+                .expect("a rule is a handful of instructions");
+            code.push(instruction(test, register, 0, skip, value));
+        }
+        code.extend(decision);
+        if everything {
             return code;
         }
     }
@@ -266,8 +276,8 @@ mod tests {
                 op::AND => registers[to] &= value,
                 op::RSH => registers[to] >>= value,
                 op::JNE if registers[to] != value => at += offset,
-                op::JNE_REG if registers[to] != registers[from] => at += offset,
-                op::JNE | op::JNE_REG => {}
+                op::JEQ if registers[to] == value => at += offset,
+                op::JNE | op::JEQ => {}
                 op::EXIT => return registers[0],
                 other => panic!("instruction {other:#x}"),
             }
@@ -300,5 +310,31 @@ mod tests {
             "nodes may be made, not opened"
         );
         assert_eq!(run(&code, character, read, 99, 1), 0);
+    }
+
+    #[test]
+    fn each_access_is_decided_by_the_last_rule_about_it() {
+        let rule = |allow, access: &str| DeviceRule {
+            allow,
+            kind: "b".into(),
+            major: Some(8),
+            minor: Some(1),
+            access: access.into(),
+        };
+        let (block, read, write) = (1, 2, 4);
+        let deny_all = DeviceRule::default;
+        let code = program(&from(vec![deny_all(), rule(true, "r"), rule(true, "w")]));
+        assert_eq!(run(&code, block, read | write, 8, 1), 1, "from two rules");
+        let code = program(&from(vec![deny_all(), rule(true, "rwm"), rule(false, "w")]));
+        assert_eq!(run(&code, block, read, 8, 1), 1);
+        assert_eq!(run(&code, block, read | write, 8, 1), 0, "a part is denied");
+        let readable = DeviceRule {
+            allow: true,
+            access: "r".into(),
+            ..deny_all()
+        };
+        let code = program(&from(vec![deny_all(), readable]));
+        assert_eq!(run(&code, block, read, 3, 3), 1);
+        assert_eq!(run(&code, block, write, 3, 3), 0, "all kinds, one access");
     }
 }

@@ -11,7 +11,7 @@ const CGROUP2_MAGIC: i64 = 0x6367_7270;
 const CGROUP_MAGIC: i64 = 0x0027_e0eb;
 
 /// Where the hierarchies are mounted by convention.
-const ROOT: &str = "/sys/fs/cgroup";
+pub(super) const ROOT: &str = "/sys/fs/cgroup";
 
 /// The machine's control group layout.
 #[derive(Clone, Debug)]
@@ -105,8 +105,10 @@ impl Host {
 
     pub(super) fn place(&self, wanted: &Path) -> Group {
         match self {
+            // Where this process is there are processes, and a v2 group that has some hands no controllers down: a relative
+            // path counts from the group above, as with runc.
             Self::Unified { mount, own } => Group::Unified {
-                path: below(mount, own, wanted),
+                path: below(mount, parent(own), wanted),
             },
             Self::Legacy {
                 hierarchies,
@@ -125,6 +127,13 @@ impl Host {
                     .map(|(mount, own)| below(mount, own, wanted)),
             },
         }
+    }
+}
+
+fn parent(own: &str) -> &str {
+    match own.rsplit_once('/') {
+        Some(("", _)) | None => "/",
+        Some((above, _)) => above,
     }
 }
 
@@ -178,6 +187,22 @@ mod tests {
         assert_eq!(find(&["cpu", "cpuacct"]), Some("/sys/fs/cgroup/a".into()));
         assert_eq!(find(&["name=systemd"]), Some("/x/systemd".into()));
         assert_eq!(find(&["memory"]), None);
+    }
+
+    #[test]
+    fn relative_paths_count_from_the_group_above_on_v2() {
+        let host = |own: &str| Host::Unified {
+            mount: "/m".into(),
+            own: own.into(),
+        };
+        let place = |own: &str, wanted: &str| match host(own).place(Path::new(wanted)) {
+            Group::Unified { path } => path,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(place("/", "c"), Path::new("/m/c"));
+        assert_eq!(place("/a", "c"), Path::new("/m/c"));
+        assert_eq!(place("/a/b", "/c"), Path::new("/m/c"));
+        assert_eq!(parent("/user.slice/session.scope"), "/user.slice");
     }
 
     #[test]

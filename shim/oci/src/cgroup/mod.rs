@@ -109,7 +109,42 @@ impl Group {
                 "linux.cgroupsPath {cgroups_path:?} must not contain \"..\""
             )));
         }
-        Ok(host.place(wanted))
+        let group = host.place(wanted);
+        if group.is_root() {
+            return Err(Error::Spec(format!(
+                "linux.cgroupsPath {cgroups_path:?} is the root of the hierarchy, which is everybody's"
+            )));
+        }
+        Ok(group)
+    }
+
+    fn is_root(&self) -> bool {
+        match self {
+            Self::Legacy { directories, .. } => directories
+                .iter()
+                .any(|directory| directory.path.components().eq(directory.mount.components())),
+            Self::Unified { path } => path.components().eq(Path::new(host::ROOT).components()),
+        }
+    }
+
+    /// Refuses a group in which somebody is: limits would fall on them, and removing the container would kill them.
+    pub(crate) fn check_unused(&self) -> Result<()> {
+        let Some(path) = self.members_directory().filter(|path| path.exists()) else {
+            return Ok(());
+        };
+        if self.is_frozen() {
+            return Err(Error::State(format!(
+                "container's cgroup unexpectedly frozen: {}",
+                path.display()
+            )));
+        }
+        match fs::processes(path)?.len() {
+            0 => Ok(()),
+            found => Err(Error::State(format!(
+                "container's cgroup is not empty: {found} process(es) found in {}",
+                path.display()
+            ))),
+        }
     }
 
     /// Makes the directories and writes the limits. Device rules of the specification are joined by those for the

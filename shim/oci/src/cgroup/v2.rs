@@ -191,8 +191,9 @@ fn apply_memory(path: &Path, memory: &Memory) -> Result<()> {
             )));
         }
     };
+    // A kernel that does not count swap has no file: no swap and any amount are what it does anyway.
     if let Some(swap) = swap_alone
-        && (swap != -1 || path.join("memory.swap.max").exists())
+        && (swap > 0 || path.join("memory.swap.max").exists())
     {
         fs::write(path, "memory.swap.max", &amount(swap))?;
     }

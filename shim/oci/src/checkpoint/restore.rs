@@ -123,6 +123,7 @@ pub(super) fn restore(
         hooks: spec.hooks.clone(),
         seccomp,
         personality: linux.personality.clone(),
+        memory_policy: linux.memory_policy.clone(),
     })?;
     std::mem::forget(undo);
     Ok(Created {

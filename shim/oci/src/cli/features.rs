@@ -4,12 +4,13 @@
 use super::{Context, Status, print_line};
 use crate::capability;
 use crate::error::Result;
+use crate::init::memory;
 use crate::mount::options;
 use crate::namespaces::KINDS;
 use crate::seccomp;
 
 /// Latest version of the specification whose properties are known.
-pub(crate) const SPEC_VERSION: &str = "1.2.1";
+pub(crate) const SPEC_VERSION: &str = "1.3.0";
 
 /// `features`
 pub(super) fn features(_context: &Context) -> Result<Status> {
@@ -20,10 +21,6 @@ pub(super) fn features(_context: &Context) -> Result<Status> {
 /// The features document, for callers that want it without a process.
 #[must_use]
 pub(crate) fn document() -> serde_json::Value {
-    let capabilities: Vec<String> = capability::NAMES
-        .iter()
-        .map(|name| format!("CAP_{name}"))
-        .collect();
     let mut namespaces: Vec<&str> = KINDS.iter().map(|(name, _, _)| *name).collect();
     namespaces.sort_unstable();
     let architectures: Vec<&str> = seccomp::ARCHITECTURES
@@ -37,7 +34,7 @@ pub(crate) fn document() -> serde_json::Value {
         "mountOptions": options::known(),
         "linux": {
             "namespaces": namespaces,
-            "capabilities": capabilities,
+            "capabilities": capability::names(),
             "cgroup": {"v1": true, "v2": true, "systemd": true, "systemdUser": true, "rdma": true},
             "seccomp": {
                 "enabled": true,
@@ -51,7 +48,8 @@ pub(crate) fn document() -> serde_json::Value {
             "selinux": {"enabled": true},
             "intelRdt": {"enabled": true},
             "mountExtensions": {"idmap": {"enabled": true}},
-            "netDevices": {"enabled": false},
+            "netDevices": {"enabled": true},
+            "memoryPolicy": {"modes": memory::modes(), "flags": memory::flags()},
         },
         "annotations": {
             "io.github.seccomp.libseccomp.version": seccomp::library_version(),

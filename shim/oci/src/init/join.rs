@@ -11,7 +11,7 @@ use crate::error::{Context, Error, Result};
 use crate::request::{KeyringMode, Stdio};
 use crate::seccomp::Program;
 use crate::spec::Process;
-use crate::spec::linux::Personality;
+use crate::spec::linux::{MemoryPolicy, Personality};
 use crate::sys;
 
 /// Everything a joining process knows.
@@ -19,6 +19,7 @@ pub(crate) struct Join<'a> {
     pub(crate) id: &'a str,
     pub(crate) process: &'a Process,
     pub(crate) personality: Option<&'a Personality>,
+    pub(crate) memory_policy: Option<&'a MemoryPolicy>,
     /// Descriptor of the container's init.
     pub(crate) init: OwnedFd,
     /// Namespaces of init that differ from ours, without pid.
@@ -87,6 +88,9 @@ impl Join<'_> {
         self.use_stdio()?;
         if let Some(personality) = self.personality {
             identity::set_personality(personality)?;
+        }
+        if let Some(policy) = self.memory_policy {
+            super::memory::set(policy)?;
         }
         identity::set_priorities(self.process)?;
         if !self.user_namespace {

@@ -6,6 +6,7 @@
 pub(crate) mod devices;
 pub(crate) mod identity;
 pub(crate) mod join;
+pub(crate) mod memory;
 pub(crate) mod rootfs;
 
 use std::fs::{self, File};
@@ -275,6 +276,10 @@ impl Init<'_> {
             .and_then(|linux| linux.personality.as_ref())
         {
             identity::set_personality(personality)?;
+        }
+        let policy = self.spec.linux.as_ref();
+        if let Some(policy) = policy.and_then(|linux| linux.memory_policy.as_ref()) {
+            memory::set(policy)?;
         }
         identity::set_priorities(process)?;
         if !self.namespaces.separate(libc::CLONE_NEWUSER) {

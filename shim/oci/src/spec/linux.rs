@@ -39,12 +39,27 @@ pub struct Linux {
     pub personality: Option<Personality>,
     #[serde(deserialize_with = "null", skip_serializing_if = "HashMap::is_empty")]
     pub time_offsets: HashMap<String, TimeOffset>,
-    /// Not supported: refused if it has any.
     #[serde(deserialize_with = "null", skip_serializing_if = "HashMap::is_empty")]
-    pub net_devices: HashMap<String, serde_json::Value>,
-    /// Not supported: refused if it is there.
+    pub net_devices: HashMap<String, NetDevice>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub memory_policy: Option<serde_json::Value>,
+    pub memory_policy: Option<MemoryPolicy>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NetDevice {
+    #[serde(deserialize_with = "null", skip_serializing_if = "String::is_empty")]
+    pub name: String,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MemoryPolicy {
+    pub mode: String,
+    #[serde(deserialize_with = "null")]
+    pub nodes: String,
+    #[serde(deserialize_with = "null", skip_serializing_if = "Vec::is_empty")]
+    pub flags: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

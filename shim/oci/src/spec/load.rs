@@ -86,10 +86,9 @@ impl Spec {
                 linux.cgroups_path
             ));
         }
-        if !linux.net_devices.is_empty() || linux.memory_policy.is_some() {
-            return Err(Error::Unsupported(
-                "linux.netDevices and linux.memoryPolicy are not supported".into(),
-            ));
+        crate::netdev::validate(&linux.net_devices)?;
+        if let Some(policy) = &linux.memory_policy {
+            crate::init::memory::validate(policy)?;
         }
         for path in &linux.masked_paths {
             if !path.starts_with('/') {

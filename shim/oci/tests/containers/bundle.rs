@@ -28,6 +28,11 @@ pub(crate) struct Bundle {
     pub(crate) config: Value,
 }
 
+/// The program under test: this build's, or any with runc's command line in `LIGHTER_OCI`.
+fn program() -> std::ffi::OsString {
+    std::env::var_os("LIGHTER_OCI").unwrap_or_else(|| env!("CARGO_BIN_EXE_lighter-oci").into())
+}
+
 /// What a command said.
 pub(crate) struct Said {
     pub(crate) code: i32,
@@ -78,7 +83,7 @@ impl Bundle {
             std::process::id(),
             NEXT.fetch_add(1, Ordering::Relaxed)
         );
-        let said = Command::new(env!("CARGO_BIN_EXE_lighter-oci"))
+        let said = Command::new(program())
             .args(["spec", "--bundle"])
             .arg(directory.path())
             .output()
@@ -134,10 +139,35 @@ impl Bundle {
         self
     }
 
+    /// The namespace of this kind is in the configuration, whatever the template has.
+    pub(crate) fn namespace_once(self, kind: &str) -> Self {
+        self.without_namespace(kind).namespace(kind)
+    }
+
+    pub(crate) fn without_namespace(mut self, kind: &str) -> Self {
+        self.config["linux"]["namespaces"]
+            .as_array_mut()
+            .unwrap()
+            .retain(|namespace| namespace["type"] != kind);
+        self
+    }
+
+    /// `/sys/fs/cgroup` is mounted with this access (`ro`, `rw`) and nothing else is there.
+    pub(crate) fn cgroup_mount(mut self, access: &str) -> Self {
+        let mounts = self.config["mounts"].as_array_mut().unwrap();
+        mounts.retain(|mount| mount["destination"] != "/sys/fs/cgroup");
+        self.mount(
+            "/sys/fs/cgroup",
+            "cgroup",
+            "cgroup",
+            &["nosuid", "noexec", "nodev", access],
+        )
+    }
+
     pub(crate) fn command(&self, words: &[&str]) -> Command {
         let text = serde_json::to_vec(&self.config).unwrap();
         fs::write(self.path().join("config.json"), text).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_lighter-oci"));
+        let mut command = Command::new(program());
         command
             .arg("--root")
             .arg(self.path().join("state"))

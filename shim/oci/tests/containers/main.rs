@@ -12,3 +12,4 @@ mod lifecycle;
 mod mounts;
 mod resources;
 mod terminal;
+mod unified;
