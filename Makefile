@@ -11,7 +11,7 @@ SHIM_BUILD = LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/$(shell $(
 	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --profile shim --target $(STATIC_TARGET) \
 	-p lighter-shim -p lighter-oci
 
-.PHONY: help deps build release run test integration bench fuzz lint fmt doc install clean
+.PHONY: help deps build release run test integration test-vm bench fuzz lint fmt doc install clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,11 @@ test: ## Every test; the last line counts them
 integration: ## The black-box suite alone, on SUBJECT=lighter (default) or SUBJECT=containerd
 	$(CARGO) build --workspace --bins
 	$(CARGO) test -p lighter-integration -- --test-threads=2
+
+test-vm: ## Runtime, daemon and shim on cgroup v2, then power cuts, in a virtual machine (needs no KVM)
+	integration/scripts/deps.sh vm
+	integration/scripts/vm.sh suite
+	integration/scripts/vm.sh power
 
 bench: ## Speed and memory beside containerd, as ratios
 	$(MAKE) --no-print-directory release

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building, running and testing needs and this machine lacks: Debian packages, and a
-# Rust toolchain where there is none. `deps.sh run` leaves out what only the tests need.
+# Rust toolchain where there is none. `deps.sh run` leaves out what only the tests need, `deps.sh vm`
+# adds what the tests in a virtual machine need.
 set -euo pipefail
 
 # file that shows the package is there → package
@@ -13,8 +14,15 @@ test=(/usr/bin/containerd:containerd /usr/bin/docker-registry:docker-registry
     /usr/bin/umoci:umoci /usr/sbin/ip:iproute2 /usr/bin/script:bsdutils
     /usr/sbin/dockerd:docker.io)
 
+vm=(/usr/bin/qemu-system-x86_64:qemu-system-x86 /usr/sbin/mkfs.ext4:e2fsprogs /usr/bin/strip:binutils
+    /usr/bin/jq:jq /usr/sbin/criu:criu)
+
 wanted=("${build[@]}" "${run[@]}")
-[ "${1:-test}" = run ] || wanted+=("${test[@]}")
+case ${1:-test} in
+run) ;;
+vm) wanted+=("${vm[@]}") ;;
+*) wanted+=("${test[@]}") ;;
+esac
 
 missing=()
 for pair in "${wanted[@]}"; do

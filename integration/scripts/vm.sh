@@ -1,0 +1,143 @@
+#!/usr/bin/env bash
+# Tests in a virtual machine with a cgroup v2 kernel: Debian's cloud kernel in qemu, emulated, so that
+# it runs where there is no KVM. A disk image holds busybox and the programs under test.
+#   vm.sh suite [FILTER…]  runtime, daemon and shim on cgroup v2
+#   vm.sh power [ROUNDS]   power cuts: what was acknowledged is there after each
+#   vm.sh shell            a prompt in the machine (end it with ctrl-a x)
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+mode=${1:-suite}
+[ $# = 0 ] || shift
+target=${CARGO_TARGET_DIR:-target}
+out=$target/vm
+bin=${LIGHTER_BIN_DIR:-$target/debug}
+mkdir -p "$out"
+
+# The newest installed cloud kernel, else Debian's package unpacked beside the build.
+kernel() {
+    local boot=/boot modules=/lib/modules version
+    version=$(ls /boot 2>/dev/null | sed -n 's/^vmlinuz-\(.*-cloud-amd64\)$/\1/p' | sort -V | tail -1)
+    if [ -z "$version" ]; then
+        boot=$out/kernel/boot modules=$out/kernel/lib/modules
+        if ! ls "$boot"/vmlinuz-* >/dev/null 2>&1; then
+            local package
+            package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/ *Depends: \(linux-image-.*\)/\1/p' | head -1)
+            [ -n "$package" ] || { echo "apt knows no linux-image-cloud-amd64: run apt-get update" >&2; exit 1; }
+            echo "fetching $package" >&2
+            (cd "$out" && rm -f linux-image-*.deb && apt-get download -qq "$package" 2>/dev/null)
+            dpkg-deb -x "$out"/linux-image-*.deb "$out/kernel"
+            rm "$out"/linux-image-*.deb
+        fi
+        version=$(ls "$boot" | sed -n 's/^vmlinuz-//p' | sort -V | tail -1)
+    fi
+    vmlinuz=$boot/vmlinuz-$version
+    modules=$modules/$version/kernel
+    local root=$out/initramfs
+    rm -rf "$root" && mkdir -p "$root"/{bin,modules,dev,root}
+    cp /bin/busybox "$root/bin/"
+    cp integration/vm/stage1 "$root/init"
+    chmod +x "$root/init"
+    for module in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk overlay \
+        unix_diag inet_diag tcp_diag udp_diag netlink_diag af_packet_diag dummy loop; do
+        find "$modules" -name $module.ko -exec cp {} "$root/modules/" \;
+    done
+    (cd "$root" && find . | busybox cpio -o -H newc 2>/dev/null) >"$out/initramfs.cpio"
+}
+
+# put PROGRAM DESTINATION: a stripped copy and the libraries it needs.
+put() {
+    mkdir -p "$root/$(dirname "$2")"
+    strip -o "$root/$2" "$1" 2>/dev/null || cp "$1" "$root/$2"
+    { ldd "$1" 2>/dev/null || true; } | grep -o '/[^ ]*' | while read -r library; do
+        [ -e "$root/$library" ] || { mkdir -p "$root/$(dirname "$library")" && cp -L "$library" "$root/$library"; }
+    done
+}
+
+# The test program of a package that cargo just built: test_program PACKAGE KIND NAME
+test_program() {
+    cargo test -q -p "$1" --no-run --message-format=json "${@:3}" 2>/dev/null |
+        jq -r --arg name "$2" 'select(.reason == "compiler-artifact" and .profile.test and .target.name == $name) | .executable' | tail -1
+}
+
+disk() {
+    root=$out/root
+    rm -rf "$root"
+    mkdir -p "$root"/{bin,sbin,etc,proc,sys,dev,tmp,run,root,vm,var,usr/bin,usr/sbin,mnt,lib64}
+    cp /bin/busybox "$root/bin/busybox"
+    local applet
+    for applet in $(/bin/busybox --list); do
+        [ "$applet" = busybox ] || ln -s busybox "$root/bin/$applet"
+    done
+    printf 'root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n' >"$root/etc/passwd"
+    printf 'root:x:0:\ntty:x:5:\n' >"$root/etc/group"
+    cp integration/vm/init "$root/sbin/init"
+    cp integration/vm/{suite,power,shell} "$root/vm/"
+    chmod +x "$root/sbin/init"
+    local name
+    for name in lighterd ctr containerd-shim-lighter-v2 lighter-oci; do
+        put "$bin/$name" "/vm/bin/$name"
+    done
+    [ ! -x /usr/sbin/criu ] || put /usr/sbin/criu /usr/sbin/criu
+    printf 'VM_FILTER="%s"\nVM_SUITE="%s"\nexport LIGHTER_BIN_DIR=/vm/bin LIGHTER_OCI=/vm/bin/lighter-oci\nexport PATH=/vm/bin:$PATH\n' \
+        "${VM_FILTER:-}" "${VM_SUITE:-}" >"$root/vm/names"
+}
+
+image() {
+    rm -f "$out/disk.img"
+    mke2fs -q -t ext4 -L vm -d "$root" "$out/disk.img" 1500M
+    rm -rf "$root"
+}
+
+# qemu SCRIPT OPTION…: the machine, running /vm/SCRIPT.
+qemu() {
+    exec qemu-system-x86_64 -machine q35,accel=tcg -cpu max,la57=off -smp 2 -m 2048 -nodefaults -no-user-config \
+        -display none -no-reboot -kernel "$vmlinuz" -initrd "$out/initramfs.cpio" \
+        -drive "file=$out/disk.img,format=raw,if=virtio,snapshot=on" \
+        -append "console=ttyS0 quiet panic=-1 mitigations=off vm.run=$1" "${@:2}"
+}
+
+case $mode in
+machine) # One boot for power-cut, which makes the disks DATA and KNOWN and listens on the second serial line.
+    vmlinuz=$VMLINUZ
+    qemu power -serial "file:$out/serial.log" -serial stdio \
+        -drive "file=$DATA,format=raw,if=virtio,cache=writeback" \
+        -drive "file=$KNOWN,format=raw,if=virtio,readonly=on"
+    ;;
+esac
+kernel
+case $mode in
+suite)
+    [ $# = 0 ] || { VM_FILTER="$*" VM_SUITE="$*"; }
+    cargo build -q -p lighter-daemon -p lighter-shim -p lighter-oci -p lighter-ctr -p lighter-integration --bins
+    disk
+    put "$(test_program lighter-oci containers --test containers)" /vm/containers
+    put "$(test_program lighter-oci lighter_oci --lib)" /vm/oci-unit
+    put "$(test_program lighter-integration suite --test suite)" /vm/suite-tests
+    image
+    log=$out/serial.log
+    (qemu suite -serial stdio) </dev/null 2>&1 | tee "$log" | tr -d '\r' | grep --line-buffered -v '^test .* ok$' || true
+    read -r passed failed < <(tr -d '\r' <"$log" | awk '/^test result:/ { for (i = 1; i < NF; i++) {
+            if ($(i + 1) ~ /^passed/) p += $i; if ($(i + 1) ~ /^failed/) f += $i } }
+        END { print p + 0, f + 0 }')
+    echo "in the virtual machine: $passed passed, $failed failed"
+    grep -q '^VM: status 0' "$log" && [ "$failed" = 0 ] && [ "$passed" -gt 0 ]
+    ;;
+power)
+    cargo build -q -p lighter-daemon -p lighter-integration --bins
+    disk
+    put "$bin/power-cut" /vm/bin/power-cut
+    image
+    export VMLINUZ=$vmlinuz
+    "$bin/power-cut" host "${1:-8}" "$out" -- integration/scripts/vm.sh machine
+    ;;
+shell)
+    disk
+    image
+    qemu shell -serial mon:stdio
+    ;;
+*)
+    echo "usage: vm.sh suite|power|shell" >&2
+    exit 2
+    ;;
+esac
