@@ -4,12 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use lighter_engine::differ::Differ;
 use lighter_engine::gc::{self, Collector};
 use lighter_engine::mounts::Mounts;
 use lighter_engine::restart::Monitor;
 use lighter_engine::runtime::{self, Launcher, LogLevel, Manager};
-use lighter_engine::sandbox::{Sandboxes, ShimController};
+use lighter_engine::sandbox::{ProxyController, Sandboxes, ShimController};
 use lighter_engine::streaming::Streams;
 use lighter_proto::any;
 use lighter_proto::containerd::types::RuntimeRequest;
@@ -26,7 +25,7 @@ use crate::routes::{Engines, routes, with_cri};
 use crate::server::{debug, grpc, http, listen, metrics::Metrics, observe::InFlight, ttrpc};
 use crate::services::introspection;
 use crate::stores::{self, Stores};
-use crate::{shutdown, sys, telemetry, transfers};
+use crate::{differs, shutdown, sys, telemetry, transfers};
 
 /// Threads that poll: RPCs are short and the work is done elsewhere.
 const WORKERS: usize = 2;
@@ -168,10 +167,22 @@ impl App {
         let tasks = Manager::new(runtime_config(&config, db.clone(), mounts.clone())?);
         let sandboxes = Sandboxes::new(db.events().clone());
         sandboxes.register("shim", ShimController::new(tasks.clone()));
+        for (name, proxy) in config.proxies.iter().filter(|(_, p)| p.kind == "sandbox") {
+            let controller = ProxyController::connect(&proxy.address, name)
+                .with_context(|| format!("proxy_plugins.{name}"))?;
+            sandboxes.register(name, Arc::new(controller));
+        }
         let streams = Streams::new();
         collector.register(Arc::new(mounts.clone()));
         collector.register(Arc::new(streams.clone()));
-        let transfer = transfers::build(&config, db.clone(), streams.clone(), tracker.clone())?;
+        let differs = differs::Book::open(&config, &db.content())?;
+        let transfer = transfers::build(
+            &config,
+            db.clone(),
+            &differs,
+            streams.clone(),
+            tracker.clone(),
+        )?;
         let ended = transfer.recover().await?;
         info!(ended, "leases of unfinished transfers ended");
 
@@ -189,7 +200,7 @@ impl App {
             };
             cri::build(&config, parts).await
         };
-        let mut graph = builtins::graph(&config, plugins);
+        let mut graph = builtins::graph(&config, plugins, differs.plugins);
         cri.entries.iter().cloned().for_each(|e| graph.add(e));
         let missing = graph.missing(&config.required);
         anyhow::ensure!(
@@ -209,13 +220,7 @@ impl App {
             tasks: tasks.clone(),
             collector: collector.clone(),
             root: config.root.clone(),
-            differ: Differ {
-                content: db.content(),
-                processors: transfers::processors(&config),
-                limits: lighter_engine::diff::Limits::default(),
-                sync_fs: config.plugins.diff.sync_fs,
-                temp_dir: config.temp.clone().unwrap_or_else(std::env::temp_dir),
-            },
+            differs: differs.default,
             sandboxes,
             mounts,
             streams,

@@ -3,9 +3,11 @@
 //! Reading order: `config`, [`app`], `server`, [`services`], `plugin`. The edges decode, call one
 //! method of an engine or store, and encode; what decides lives in the crates below.
 
+pub(crate) mod apart;
 pub mod app;
 pub(crate) mod config;
 pub(crate) mod cri;
+pub(crate) mod differs;
 pub(crate) mod plugin;
 pub(crate) mod publish;
 pub(crate) mod routes;
@@ -67,6 +69,16 @@ fn dispatch(cli: &Cli) -> anyhow::Result<()> {
     }
     match &cli.command {
         None => app::serve(Config::load(cli)?),
+        Some(Command::Serve {
+            snapshotter,
+            content,
+        }) => {
+            let parts = apart::Parts {
+                snapshotter: snapshotter.as_deref(),
+                content: *content,
+            };
+            apart::serve(&Config::load(cli)?, parts)
+        }
         Some(Command::Publish { namespace, topic }) => {
             let address = cli.address.clone().map_or_else(
                 || Config::load(cli).map(|c| c.grpc.address.display().to_string()),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lighter_cri::image::ImageEdge;
 use lighter_cri::plugin::Gate;
 use lighter_cri::runtime::RuntimeEdge;
-use lighter_engine::differ::Differ;
+use lighter_engine::differ::Differs;
 use lighter_engine::gc::Collector;
 use lighter_engine::mounts::Mounts;
 use lighter_engine::runtime::Manager;
@@ -64,7 +64,7 @@ pub(crate) struct Engines {
     /// The daemon's directory.
     pub(crate) root: std::path::PathBuf,
     /// Layers to mounts and back.
-    pub(crate) differ: Differ,
+    pub(crate) differs: Differs,
     /// Sandbox controllers.
     pub(crate) sandboxes: Sandboxes,
     /// Managed mounts.
@@ -95,7 +95,7 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
         tasks,
         collector,
         root,
-        differ,
+        differs,
         sandboxes,
         mounts,
         streams,
@@ -112,7 +112,7 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
     Routes::new(health_server)
         .add_service(limited!(limits, VersionServer, VersionService))
         .add_service(limited!(limits, IntrospectionServer, introspection))
-        .add_service(limited!(limits, DiffServer, DiffService::new(differ)))
+        .add_service(limited!(limits, DiffServer, DiffService::new(differs)))
         .add_service(limited!(
             limits,
             DiskServer,

@@ -18,7 +18,7 @@ use lighter_snapshotter::{
     Blockfile, BlockfileConfig, Erofs, ErofsConfig, Native, Overlayfs, OverlayfsConfig, Proxy,
     Snapshotter, mount,
 };
-use lighter_store::content::Local;
+use lighter_store::content::{self, Local, Store};
 use lighter_store::events::Exchange;
 use lighter_store::metadata::{Db, SharingPolicy};
 use tokio_util::sync::CancellationToken;
@@ -26,7 +26,7 @@ use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::plugin::Plugin;
-use crate::plugin::builtins::{kind, skipped};
+use crate::plugin::builtins::{kind, proxied, skipped};
 
 /// Directory of the database below the root.
 const DATABASE: &str = "io.containerd.metadata.v1.sled";
@@ -35,13 +35,13 @@ pub(crate) const BUILT_IN: [&str; 4] = ["overlayfs", "native", "erofs", "blockfi
 /// How often a database that changed is exported.
 const EXPORT_EVERY: Duration = Duration::from_secs(300);
 
-/// Opened stores, and the snapshotters as plugins, failed ones included.
+/// Opened stores, and each as a plugin, failed ones included.
 pub(crate) struct Stores {
     /// The database under everything.
     pub(crate) kv: lighter_kv::Db,
     /// Records.
     pub(crate) db: Db,
-    /// Snapshotters for introspection.
+    /// Content store and snapshotters for introspection.
     pub(crate) plugins: Vec<Plugin>,
     /// Whether the database was damaged and rebuilt: changes since its export are lost.
     pub(crate) rebuilt: bool,
@@ -55,13 +55,13 @@ pub(crate) fn open(config: &Config) -> anyhow::Result<Stores> {
     let path = config.root.join(DATABASE);
     let (kv, opened) = lighter_kv::Db::open_or_rebuild(&path, &lighter_kv::Options::default())
         .with_context(|| format!("open the database in {}", path.display()))?;
-    let content = config.root.join(format!("{}.content", kind::CONTENT));
-    let content = Local::open(&content)
-        .with_context(|| format!("open the content in {}", content.display()))?;
+    let (content, mut plugins) = content(config)?;
     let mut snapshotters = BTreeMap::new();
-    let mut plugins = Vec::new();
     for (id, opened) in drivers(config, &kv) {
-        let plugin = Plugin::new(kind::SNAPSHOTTER, &id).on_platform();
+        let plugin = match config.proxies.get(&id) {
+            Some(proxy) => proxied(kind::SNAPSHOTTER, &id, proxy),
+            None => Plugin::new(kind::SNAPSHOTTER, &id).on_platform(),
+        };
         match opened {
             Ok(snapshotter) => {
                 let mut plugin = plugin.capabilities(snapshotter.capabilities());
@@ -89,14 +89,8 @@ pub(crate) fn open(config: &Config) -> anyhow::Result<Stores> {
             "plugins.'io.containerd.metadata.v1.bolt'.content_sharing_policy: {other:?} is neither shared nor isolated"
         ),
     };
-    let db = Db::open(
-        kv.clone(),
-        Arc::new(content),
-        snapshotters,
-        Exchange::new(),
-        policy,
-    )
-    .context("open the records")?;
+    let db = Db::open(kv.clone(), content, snapshotters, Exchange::new(), policy)
+        .context("open the records")?;
     Ok(Stores {
         kv,
         db,
@@ -135,6 +129,41 @@ pub(crate) async fn keep_exported(kv: lighter_kv::Db, root: PathBuf, stop: Cance
     }
 }
 
+/// The one content store: ours, or one in another process in its place.
+fn content(config: &Config) -> anyhow::Result<(Arc<dyn Store>, Vec<Plugin>)> {
+    let own = Plugin::new(kind::CONTENT, "content");
+    let uri = own.uri();
+    let mut remote = config.proxies.iter().filter(|(_, p)| p.kind == "content");
+    match (config.disabled(&uri), remote.next(), remote.next()) {
+        (false, None, _) => {
+            let path = config.root.join(&uri);
+            let store = Local::open(&path)
+                .with_context(|| format!("open the content in {}", path.display()))?;
+            let plugin = own.export("root", path.display().to_string());
+            Ok((Arc::new(store), vec![plugin]))
+        }
+        (true, Some((name, proxy)), None) => {
+            let store = content::Proxy::connect(&proxy.address)
+                .with_context(|| format!("proxy_plugins.{name}"))?;
+            let plugins = vec![
+                own.failed(skipped(&uri)),
+                proxied(kind::CONTENT, name, proxy),
+            ];
+            Ok((Arc::new(store), plugins))
+        }
+        (true, None, _) => {
+            anyhow::bail!("{uri} is turned off and no proxy plugin of type content takes its place")
+        }
+        (false, Some((name, _)), _) => anyhow::bail!(
+            "there can be one content store: add {uri} to disabled_plugins to use \
+             proxy_plugins.{name}"
+        ),
+        (true, Some((first, _)), Some((second, _))) => anyhow::bail!(
+            "there can be one content store: remove proxy_plugins.{first} or proxy_plugins.{second}"
+        ),
+    }
+}
+
 type Opened = Result<Arc<dyn Snapshotter>, WireError>;
 
 /// Every snapshotter that is configured, whether it could be opened or not.
@@ -161,7 +190,17 @@ fn drivers(config: &Config, kv: &lighter_kv::Db) -> Vec<(String, Opened)> {
     drivers
 }
 
-fn builtin(config: &Config, kv: &lighter_kv::Db, id: &str) -> Opened {
+/// The snapshotter `id` of this process, with records in `kv`.
+///
+/// # Errors
+/// For an id that is none of [`BUILT_IN`], and when it cannot be opened.
+pub(crate) fn builtin(config: &Config, kv: &lighter_kv::Db, id: &str) -> Opened {
+    if !BUILT_IN.contains(&id) {
+        return Err(WireError::new(
+            ErrorKind::InvalidArgument,
+            format!("snapshotter {id:?} is none of {}", BUILT_IN.join(", ")),
+        ));
+    }
     let root = |configured: &str| {
         if configured.is_empty() {
             config.root.join(format!("{}.{id}", kind::SNAPSHOTTER))

@@ -6,8 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use lighter_engine::diff::Processor;
-use lighter_engine::image::{Applier, LocalApplier, Platform, Snapshotters};
+use lighter_engine::image::{Applier, Platform, Snapshotters};
 use lighter_engine::registry::{self, HostsConfig, Registry};
 use lighter_engine::streaming::Streams;
 use lighter_engine::transfer::{self, Transfer, UnpackSupport, VerifierConfig};
@@ -15,6 +14,8 @@ use lighter_store::metadata::Db;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
+use crate::config::plugins::UnpackConfig;
+use crate::differs::Book;
 use crate::stores::BUILT_IN;
 
 /// The snapshotter that is taken where nobody names one.
@@ -26,10 +27,11 @@ const MIN_UNPACKS: usize = 2;
 /// Builds the engine over `db`; images are unpacked to every snapshotter it has.
 ///
 /// # Errors
-/// For a platform or duration in the configuration that is none.
+/// For a platform, duration or differ in the configuration that is none.
 pub(crate) fn build(
     config: &Config,
     db: Db,
+    differs: &Book,
     streams: Streams,
     tasks: TaskTracker,
 ) -> anyhow::Result<Transfer> {
@@ -40,16 +42,16 @@ pub(crate) fn build(
         .filter(|id| db.snapshots(id).is_ok())
         .map(str::to_owned)
         .collect();
-    let applier: Arc<dyn Applier> = Arc::new(LocalApplier {
-        content: db.content(),
-        processors: processors(config),
-        limits: lighter_engine::diff::Limits::default(),
-        sync_fs: config.plugins.diff.sync_fs,
-    });
-    let appliers: BTreeMap<_, _> = snapshotters
-        .iter()
-        .map(|id| (id.clone(), Arc::clone(&applier)))
-        .collect();
+    let mut appliers: BTreeMap<String, Arc<dyn Applier>> = BTreeMap::new();
+    for id in &snapshotters {
+        appliers.insert(id.clone(), Arc::new(differs.default.clone()));
+    }
+    for entry in &config.plugins.transfer.unpack_config {
+        let differ = differs
+            .named(&entry.differ)
+            .context("plugins.'io.containerd.transfer.v1.local'.unpack_config.differ")?;
+        appliers.insert(snapshotter_of(entry).to_owned(), Arc::new(differ));
+    }
     let settings = &config.plugins.transfer;
     let engine = transfer::Config {
         max_downloads: count(settings.max_concurrent_downloads),
@@ -80,18 +82,12 @@ fn count(n: u32) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
 }
 
-/// Stream processors in order of id, for every differ of this process.
-pub(crate) fn processors(config: &Config) -> Arc<[Processor]> {
-    let all = config.processors.iter();
-    all.map(|(id, processor)| Processor {
-        id: id.clone(),
-        accepts: processor.accepts.clone(),
-        returns: processor.returns.clone(),
-        path: processor.path.clone(),
-        args: processor.args.clone(),
-        env: processor.env.clone(),
-    })
-    .collect()
+/// The snapshotter of an entry of `unpack_config`.
+fn snapshotter_of(entry: &UnpackConfig) -> &str {
+    match entry.snapshotter.as_str() {
+        "" => PREFERRED,
+        id => id,
+    }
 }
 
 /// A chunk size turns ranged downloads to that size; upstream's default of 0 leaves ours.
@@ -129,10 +125,7 @@ fn unpack(config: &Config, snapshotters: &[String]) -> anyhow::Result<Vec<Unpack
                 text => Platform::parse(text)
                     .context("plugins.'io.containerd.transfer.v1.local'.unpack_config.platform")?,
             };
-            let snapshotter = match entry.snapshotter.as_str() {
-                "" => PREFERRED.to_owned(),
-                id => id.to_owned(),
-            };
+            let snapshotter = snapshotter_of(entry).to_owned();
             Ok(UnpackSupport {
                 platform,
                 snapshotter,

@@ -405,6 +405,12 @@ impl Driver for Images {
         true
     }
 
+    fn layers_stand_alone(&self) -> bool {
+        self.default_size_bytes == 0
+            && !in_user_namespace()
+            && !self.options.iter().any(|o| o == "userxattr")
+    }
+
     fn release(&self, path: &Path) {
         let image = path.join("layer.erofs");
         if fs::symlink_metadata(&image).is_ok_and(|meta| meta.is_file()) {

@@ -9,6 +9,7 @@
 //! Spec: containerd's snapshots service; the rules are those its clients rely on.
 
 mod blockfile;
+pub mod connect;
 mod copy;
 mod dirs;
 mod erofs;
@@ -199,6 +200,13 @@ pub trait Snapshotter: Send + Sync + fmt::Debug {
     /// What clients may rely on, e.g. `rebase`, `remap-ids` (plugin capabilities).
     fn capabilities(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    /// Whether an active snapshot without parent is one plain directory in which deletions are kept as
+    /// overlayfs keeps them: then a layer may be unpacked there and committed on a parent it never saw
+    /// ([`CommitOptions::parent`]).
+    fn layers_stand_alone(&self) -> bool {
+        false
     }
 
     /// Directory that holds the snapshots, where there is one on this machine (export `root`).

@@ -57,6 +57,11 @@ pub(crate) trait Driver: Send + Sync + fmt::Debug + 'static {
     fn capabilities(&self) -> Vec<String> {
         Vec::new()
     }
+
+    /// See [`Snapshotter::layers_stand_alone`].
+    fn layers_stand_alone(&self) -> bool {
+        false
+    }
 }
 
 /// When the directories of removed snapshots go.
@@ -377,6 +382,10 @@ impl<D: Driver> Snapshotter for Local<D> {
         self.inner.driver.capabilities()
     }
 
+    fn layers_stand_alone(&self) -> bool {
+        self.inner.driver.layers_stand_alone()
+    }
+
     fn root(&self) -> Option<PathBuf> {
         Some(self.inner.dirs.root().to_owned())
     }
@@ -468,6 +477,9 @@ macro_rules! delegate {
             }
             fn capabilities(&self) -> Vec<String> {
                 self.0.capabilities()
+            }
+            fn layers_stand_alone(&self) -> bool {
+                self.0.layers_stand_alone()
             }
             fn root(&self) -> Option<std::path::PathBuf> {
                 self.0.root()

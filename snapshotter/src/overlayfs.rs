@@ -206,6 +206,11 @@ impl Driver for Overlay {
     fn capabilities(&self) -> Vec<String> {
         self.capabilities.clone()
     }
+
+    fn layers_stand_alone(&self) -> bool {
+        self.capabilities.iter().any(|c| c == "rebase")
+            && !self.options.iter().any(|o| o == "userxattr")
+    }
 }
 
 /// overlayfs needs file types from `readdir`; without them it hides deletions silently.

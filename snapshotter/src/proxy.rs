@@ -1,23 +1,25 @@
 //! A snapshotter in another process, over the Snapshots gRPC service.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use lighter_proto::containerd::services::snapshots::v1 as wire;
-use lighter_proto::errdefs::WireError;
+use lighter_proto::errdefs::{ErrorKind, WireError};
 use lighter_proto::time::from_timestamp;
 use tokio_stream::StreamExt as _;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Channel;
 use wire::snapshots_client::SnapshotsClient;
 
+use crate::connect::{MESSAGE_MAX_BYTES, connect};
 use crate::{CommitOptions, Error, Info, Kind, LabelUpdate, Labels, Mount, Snapshotter, Usage};
 
-/// How long a connection may take; calls themselves have no limit, a copy may take minutes.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Largest message accepted, as everywhere on containerd's sockets.
-const MESSAGE_MAX_BYTES: usize = 16 << 20;
+/// How long a call may take that others wait behind: collections, the first look at a start.
+const UPKEEP_TIMEOUT: Duration = Duration::from_secs(60);
+/// Label that keeps a snapshot where the peer is a whole daemon, which collects garbage by itself.
+/// Only ever between the two of them.
+const LABEL_KEPT: &str = "containerd.io/gc.root";
 /// Header that carries the namespace.
 const NAMESPACE_HEADER: &str = "containerd-namespace";
 
@@ -38,18 +40,7 @@ impl Proxy {
     /// # Errors
     /// When the address is none. Must be called inside a tokio runtime.
     pub fn connect(address: &str, snapshotter: &str) -> Result<Self, Error> {
-        let path = address.strip_prefix("unix://").unwrap_or(address);
-        if !Path::new(path).is_absolute() {
-            return Err(Error::Invalid {
-                reason: format!("address {address:?} is not an absolute path: invalid argument"),
-            });
-        }
-        let endpoint = tonic::transport::Endpoint::try_from(format!("unix://{path}"))
-            .map_err(|e| Error::Invalid {
-                reason: format!("address {address:?}: {e}: invalid argument"),
-            })?
-            .connect_timeout(CONNECT_TIMEOUT);
-        Ok(Self::new(endpoint.connect_lazy(), snapshotter))
+        Ok(Self::new(connect(address)?, snapshotter))
     }
 
     /// A client over an existing channel.
@@ -112,10 +103,35 @@ fn info(info: Option<wire::Info>) -> Result<Info, Error> {
         kind,
         name: info.name,
         parent: (!info.parent.is_empty()).then_some(info.parent),
-        labels: info.labels.into_iter().collect(),
+        labels: {
+            let mut labels: Labels = info.labels.into_iter().collect();
+            labels.remove(LABEL_KEPT);
+            labels
+        },
         created_at: info.created_at.map_or(SystemTime::UNIX_EPOCH, time),
         updated_at: info.updated_at.map_or(SystemTime::UNIX_EPOCH, time),
     })
+}
+
+/// The labels of a snapshot that must last.
+fn kept(labels: Labels) -> std::collections::HashMap<String, String> {
+    let mut labels: std::collections::HashMap<_, _> = labels.into_iter().collect();
+    labels.insert(LABEL_KEPT.to_owned(), "proxied".to_owned());
+    labels
+}
+
+/// The answer of a call that others wait behind.
+async fn upkeep<T>(
+    what: &str,
+    call: impl Future<Output = Result<T, tonic::Status>>,
+) -> Result<T, Error> {
+    match tokio::time::timeout(UPKEEP_TIMEOUT, call).await {
+        Ok(answer) => answer.map_err(remote),
+        Err(_) => Err(Error::Remote(WireError::new(
+            ErrorKind::DeadlineExceeded,
+            format!("remote snapshotter did not answer {what} within {UPKEEP_TIMEOUT:?}"),
+        ))),
+    }
 }
 
 fn mounts(mounts: Vec<lighter_proto::containerd::types::Mount>) -> Vec<Mount> {
@@ -135,7 +151,7 @@ impl Snapshotter for Proxy {
 
     async fn update(&self, key: &str, labels: LabelUpdate) -> Result<Info, Error> {
         let (labels, paths) = match labels {
-            LabelUpdate::Replace(labels) => (labels, vec!["labels".to_owned()]),
+            LabelUpdate::Replace(labels) => (kept(labels), vec!["labels".to_owned()]),
             LabelUpdate::Merge(changes) => {
                 let paths = changes.keys().map(|k| format!("labels.{k}")).collect();
                 let labels = changes
@@ -149,7 +165,7 @@ impl Snapshotter for Proxy {
             snapshotter: self.snapshotter.clone(),
             info: Some(wire::Info {
                 name: key.to_owned(),
-                labels: labels.into_iter().collect(),
+                labels,
                 ..wire::Info::default()
             }),
             update_mask: Some(prost_types::FieldMask { paths }),
@@ -190,7 +206,7 @@ impl Snapshotter for Proxy {
             snapshotter: self.snapshotter.clone(),
             key: key.to_owned(),
             parent: parent.unwrap_or_default().to_owned(),
-            labels: labels.into_iter().collect(),
+            labels: kept(labels),
         });
         let answer = self.client.clone().prepare(request).await.map_err(remote)?;
         Ok(mounts(answer.into_inner().mounts))
@@ -206,7 +222,7 @@ impl Snapshotter for Proxy {
             snapshotter: self.snapshotter.clone(),
             key: key.to_owned(),
             parent: parent.unwrap_or_default().to_owned(),
-            labels: labels.into_iter().collect(),
+            labels: kept(labels),
         });
         let answer = self.client.clone().view(request).await.map_err(remote)?;
         Ok(mounts(answer.into_inner().mounts))
@@ -217,7 +233,7 @@ impl Snapshotter for Proxy {
             snapshotter: self.snapshotter.clone(),
             name: name.to_owned(),
             key: key.to_owned(),
-            labels: options.labels.into_iter().collect(),
+            labels: kept(options.labels),
             parent: options.parent.unwrap_or_default(),
         });
         self.client.clone().commit(request).await.map_err(remote)?;
@@ -229,7 +245,7 @@ impl Snapshotter for Proxy {
             snapshotter: self.snapshotter.clone(),
             key: key.to_owned(),
         });
-        self.client.clone().remove(request).await.map_err(remote)?;
+        upkeep("Remove", self.client.clone().remove(request)).await?;
         Ok(())
     }
 
@@ -238,13 +254,18 @@ impl Snapshotter for Proxy {
             snapshotter: self.snapshotter.clone(),
             filters: Vec::new(),
         });
-        let answer = self.client.clone().list(request).await.map_err(remote)?;
-        let mut stream = answer.into_inner();
-        let mut found = Vec::new();
-        while let Some(batch) = stream.next().await {
-            for one in batch.map_err(remote)?.info {
-                found.push(info(Some(one))?);
+        let mut client = self.client.clone();
+        let listed = upkeep("List", async {
+            let mut stream = client.list(request).await?.into_inner();
+            let mut found = Vec::new();
+            while let Some(batch) = stream.next().await {
+                found.extend(batch?.info);
             }
+            Ok(found)
+        });
+        let mut found = Vec::new();
+        for one in listed.await? {
+            found.push(info(Some(one))?);
         }
         found.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(found)
@@ -254,7 +275,7 @@ impl Snapshotter for Proxy {
         let request = self.request(wire::CleanupRequest {
             snapshotter: self.snapshotter.clone(),
         });
-        self.client.clone().cleanup(request).await.map_err(remote)?;
+        upkeep("Cleanup", self.client.clone().cleanup(request)).await?;
         Ok(())
     }
 

@@ -8,9 +8,10 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use lighter_engine::differ::{Differs, LocalDiffer};
 use lighter_engine::image::children::Layers;
 use lighter_engine::image::{
-    Applier, Descriptor, LocalApplier, Matcher, Platform, Snapshotters, Tracker, chain_ids, media,
+    Applier, Descriptor, Matcher, Platform, Snapshotters, Tracker, chain_ids, media,
 };
 use lighter_engine::registry::{
     self, Access, Credential, OneHost, Registry, Secret, SessionOptions,
@@ -105,12 +106,14 @@ async fn daemon(dir: &Path) -> Daemon {
         .expect("db")
     };
     let db = tokio::task::spawn_blocking(open).await.expect("opened");
-    let applier: Arc<dyn Applier> = Arc::new(LocalApplier {
+    let differ = LocalDiffer {
         content: db.content(),
         processors: Arc::from([]),
         limits: Default::default(),
         sync_fs: false,
-    });
+        temp_dir: std::env::temp_dir(),
+    };
+    let applier: Arc<dyn Applier> = Arc::new(Differs::new(vec![Arc::new(differ)]));
     let transfer = Transfer::new(
         db.clone(),
         Registry::new(registry::Config::default()),

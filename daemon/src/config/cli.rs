@@ -41,6 +41,16 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: ConfigCommand,
     },
+    /// Serve stores on --address, with their files below --root, for a daemon that has them as proxy
+    /// plugins
+    Serve {
+        /// A snapshotter: overlayfs, native, erofs or blockfile
+        #[arg(long)]
+        snapshotter: Option<String>,
+        /// The content store
+        #[arg(long)]
+        content: bool,
+    },
     /// Publish an event read from stdin (called by shims)
     Publish {
         /// Namespace to publish to

@@ -1,11 +1,9 @@
 //! The plugins that are always there, under upstream's types and ids.
 
-use std::path::Path;
-
 use lighter_proto::errdefs::{ErrorKind, WireError};
 
 use super::{Graph, Plugin};
-use crate::config::Config;
+use crate::config::{Config, ProxyPlugin};
 
 /// Types, as upstream names them.
 pub(crate) mod kind {
@@ -72,19 +70,12 @@ const SERVICES: [(&str, &[&str]); 8] = [
 ];
 
 /// The part of the graph that does not depend on the machine: stores, engines, services.
-pub(crate) fn graph(config: &Config, snapshotters: Vec<Plugin>) -> Graph {
+pub(crate) fn graph(config: &Config, stores: Vec<Plugin>, differs: Vec<Plugin>) -> Graph {
     let mut graph = Graph::default();
-    let directory = |plugin: &Plugin, root: &Path| root.join(plugin.uri()).display().to_string();
-    let with_root = |kind: &str, id: &str| {
-        let plugin = Plugin::new(kind, id);
-        let root = directory(&plugin, &config.root);
-        plugin.export("root", root)
-    };
     graph.add(Plugin::new(kind::EVENT, "exchange"));
     graph.add(Plugin::new(kind::WARNING, "deprecations"));
-    graph.add(with_root(kind::CONTENT, "content"));
-    for snapshotter in snapshotters {
-        graph.add(snapshotter);
+    for store in stores {
+        graph.add(store);
     }
     graph.add(
         Plugin::new(kind::METADATA, "bolt")
@@ -99,11 +90,9 @@ pub(crate) fn graph(config: &Config, snapshotters: Vec<Plugin>) -> Graph {
     );
     graph.add(Plugin::new(kind::GC, "scheduler").requires(&[kind::METADATA]));
     graph.add(Plugin::new(kind::LEASE, "manager").requires(&[kind::METADATA]));
-    graph.add(
-        Plugin::new(kind::DIFFER, "walking")
-            .requires(&[kind::METADATA])
-            .on_platform(),
-    );
+    for differ in differs {
+        graph.add(differ);
+    }
     graph.add(
         Plugin::new(kind::MOUNT_MANAGER, "bolt")
             .requires(&[kind::METADATA, kind::MOUNT_HANDLER])
@@ -135,6 +124,9 @@ pub(crate) fn graph(config: &Config, snapshotters: Vec<Plugin>) -> Graph {
     );
     graph.add(Plugin::new(kind::SANDBOX_STORE, "local").requires(&[kind::METADATA]));
     graph.add(Plugin::new(kind::SANDBOX_CONTROLLER, "shim").requires(&[kind::SHIM, kind::EVENT]));
+    for (name, proxy) in config.proxies.iter().filter(|(_, p)| p.kind == "sandbox") {
+        graph.add(proxied(kind::SANDBOX_CONTROLLER, name, proxy));
+    }
     graph.add(Plugin::new(kind::STREAMING, "manager").requires(&[kind::METADATA]));
     graph.add(Plugin::new(kind::TRANSFER, "local").requires(&[
         kind::LEASE,
@@ -157,6 +149,18 @@ pub(crate) fn graph(config: &Config, snapshotters: Vec<Plugin>) -> Graph {
             .capabilities(policies.map(str::to_owned).to_vec()),
     );
     graph
+}
+
+/// A plugin in another process, as the configuration describes it.
+pub(crate) fn proxied(kind: &str, name: &str, proxy: &ProxyPlugin) -> Plugin {
+    let mut plugin = Plugin::new(kind, name)
+        .on_platform()
+        .capabilities(proxy.capabilities.clone())
+        .export("address", proxy.address.clone());
+    for (key, value) in &proxy.exports {
+        plugin = plugin.export(key, value.clone());
+    }
+    plugin
 }
 
 /// Why a plugin is off.

@@ -1,6 +1,6 @@
 //! `containerd.services.diff.v1.Diff`
 
-use lighter_engine::differ::{Differ, Difference};
+use lighter_engine::differ::{ApplyOptions, Differ as _, Difference, Differs};
 use lighter_proto::containerd::services::diff::v1::diff_server::Diff;
 use lighter_proto::containerd::services::diff::v1::{
     ApplyRequest, ApplyResponse, DiffRequest, DiffResponse,
@@ -14,13 +14,13 @@ use super::wire::{descriptor, encode_descriptor, labels, required, stamp};
 /// Layers to mounts and back.
 #[derive(Debug, Clone)]
 pub(crate) struct DiffService {
-    differ: Differ,
+    differs: Differs,
 }
 
 impl DiffService {
-    /// Over the differ of this process.
-    pub(crate) fn new(differ: Differ) -> Self {
-        Self { differ }
+    /// Over the differs of the configuration.
+    pub(crate) fn new(differs: Differs) -> Self {
+        Self { differs }
     }
 }
 
@@ -33,15 +33,18 @@ impl Diff for DiffService {
         let scope = scope_of(&request)?;
         let request = request.into_inner();
         let layer = descriptor(required(request.diff, "diff")?)?;
-        let mounts = request.mounts.into_iter().map(Into::into).collect();
-        let payloads = labels(request.payloads);
+        let mounts: Vec<_> = request.mounts.into_iter().map(Into::into).collect();
+        let options = ApplyOptions {
+            payloads: labels(request.payloads),
+            sync_fs: request.sync_fs,
+        };
         let applied = self
-            .differ
-            .apply(&scope, &layer, mounts, payloads, request.sync_fs)
+            .differs
+            .apply(&scope, &layer, &mounts, options)
             .await
             .map_err(into_status)?;
         Ok(Response::new(ApplyResponse {
-            applied: Some(encode_descriptor(applied)),
+            applied: Some(encode_descriptor(applied.layer)),
         }))
     }
 
@@ -57,7 +60,7 @@ impl Diff for DiffService {
             source_date_epoch: stamp(request.source_date_epoch)?,
         };
         let made = self
-            .differ
+            .differs
             .compare(&scope, asked)
             .await
             .map_err(into_status)?;

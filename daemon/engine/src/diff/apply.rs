@@ -18,7 +18,7 @@ use prost_types::Any;
 
 use super::processors::{self, Processor};
 use super::tar::Archive;
-use super::unpack::{Base, Form, Unpack, in_user_namespace, is_empty, open_root};
+use super::unpack::{Base, Form, LeansOn, Unpack, in_user_namespace, is_empty, open_root};
 use super::whiteout::Attributes;
 use super::{Error, pipeline};
 
@@ -56,6 +56,8 @@ pub struct Applied {
     pub diff_id: String,
     /// Its length in bytes.
     pub size_bytes: u64,
+    /// What it would have wanted to know of the layers below, where it was not given them.
+    pub leans_on: LeansOn,
 }
 
 /// Unpacks the layer `reader` of type `media_type` into `mounts`.
@@ -78,14 +80,14 @@ pub fn apply<R: Read + Send>(
     };
     let limits = options.limits;
     let check = move |size: u64| limits.check(size, compressed.load(Ordering::Relaxed));
-    let hashed = thread::scope(|scope| {
+    let (leans_on, hashed) = thread::scope(|scope| {
         let (stream, running) = processors::open(scope, reader, media_type, options)?;
         let result = pipeline::run(stream, check, |plain| {
             Unpack::new(target.root.as_fd(), target.form, target.base).all(&mut Archive::new(plain))
         });
         // A failed processor explains whatever its output led to.
         running.finish(result.is_ok())?;
-        Ok::<_, Error>(result?.1)
+        result
     })?;
     if options.sync_fs {
         rustix::fs::syncfs(&target.root).map_err(Error::io("sync", b"/"))?;
@@ -93,6 +95,7 @@ pub fn apply<R: Read + Send>(
     Ok(Applied {
         diff_id: hashed.digest,
         size_bytes: hashed.size_bytes,
+        leans_on,
     })
 }
 

@@ -32,6 +32,8 @@ use lighter_proto::errdefs::{Classify, ErrorKind};
 pub use apply::{Applied, ApplyOptions, Limits, apply};
 pub use compare::{CompareOptions, Compared, compare};
 pub use processors::Processor;
+pub use unpack::LeansOn;
+pub use whiteout::visible;
 
 /// Media type of an uncompressed OCI layer: what every chain of processors ends with.
 pub const LAYER_TAR: &str = "application/vnd.oci.image.layer.v1.tar";

@@ -54,7 +54,20 @@ pub(super) struct Unpack<'a> {
     /// Mode bits that new files lose; all of them where default access lists may take more.
     umask: u32,
     in_user_namespace: bool,
+    leans_on: LeansOn,
 }
+
+/// What a layer that was unpacked without the layers below it would have wanted to know of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LeansOn {
+    /// A directory was made that the archive only implies: its attributes are those of below.
+    pub attributes: bool,
+    /// What it deletes. A mark that hides nothing would be seen by itself.
+    pub deleted: Vec<Vec<u8>>,
+}
+
+/// Deletions that are kept for a later look; a layer with more is unpacked again.
+const DELETED_MAX: usize = 4096;
 
 impl<'a> Unpack<'a> {
     pub(super) fn new(root: BorrowedFd<'a>, form: Form, base: Base) -> Self {
@@ -65,15 +78,19 @@ impl<'a> Unpack<'a> {
             directory_times: Vec::new(),
             umask: if base == Base::Empty { umask() } else { 0o7777 },
             in_user_namespace: in_user_namespace(),
+            leans_on: LeansOn::default(),
         }
     }
 
-    /// Writes all entries of `archive`.
-    pub(super) fn all<R: BufRead>(mut self, archive: &mut Archive<R>) -> Result<(), Error> {
+    /// Writes all entries of `archive`. What it wanted of layers below is told for an overlay's upper
+    /// directory of which none are known.
+    pub(super) fn all<R: BufRead>(mut self, archive: &mut Archive<R>) -> Result<LeansOn, Error> {
         while let Some(entry) = archive.next()? {
             self.entry(&entry, archive)?;
         }
-        self.finish()
+        let leans_on = std::mem::take(&mut self.leans_on);
+        self.finish()?;
+        Ok(leans_on)
     }
 
     fn entry<R: BufRead>(&mut self, entry: &Entry, archive: &mut Archive<R>) -> Result<(), Error> {
@@ -112,9 +129,12 @@ impl<'a> Unpack<'a> {
             Form::Overlay { lower, .. } => lower,
             Form::Plain => &[],
         };
+        let alone = matches!(self.form, Form::Overlay { .. }) && lower.is_empty();
+        let implied = &mut self.leans_on.attributes;
         let times = &mut self.directory_times;
         let chmod = self.umask & IMPLIED_MODE != 0;
         self.tree.ensure(path, &mut |path, made| {
+            *implied |= alone;
             if chmod {
                 fchmod(made, Mode::from_raw_mode(IMPLIED_MODE))
                     .map_err(Error::io("set mode of", path))?;
@@ -154,9 +174,17 @@ impl<'a> Unpack<'a> {
         let Form::Overlay { lower, .. } = &self.form else {
             return Ok(());
         };
+        let alone = lower.is_empty();
         // Where nothing is hidden, overlayfs would list the mark itself.
         if !lower.is_empty() && !whiteout::visible(lower, &path) || self.below_opaque(dir) {
             return Ok(());
+        }
+        if alone {
+            if self.leans_on.deleted.len() < DELETED_MAX {
+                self.leans_on.deleted.push(path.clone());
+            } else {
+                self.leans_on.attributes = true;
+            }
         }
         whiteout::make_whiteout(parent.as_fd(), deleted, owner(entry)?)
             .map_err(Error::io("make whiteout", &path))

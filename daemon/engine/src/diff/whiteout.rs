@@ -128,7 +128,8 @@ pub(super) fn remove_marks(dir: BorrowedFd<'_>) -> Result<(), rustix::io::Errno>
 }
 
 /// Whether the stack of lower directories, nearest first, shows something at `path`.
-pub(super) fn visible(lower: &[String], path: &[u8]) -> bool {
+#[must_use]
+pub fn visible(lower: &[String], path: &[u8]) -> bool {
     for layer in lower {
         let Ok(root) = open_root(layer) else {
             continue;

@@ -1,18 +1,16 @@
-//! What unpacking asks of whoever applies layers, and the answer of this process.
+//! What unpacking asks of whoever applies layers.
 
 use std::fmt;
 use std::io::{self, Read};
-use std::sync::Arc;
 
 use async_trait::async_trait;
 use lighter_proto::errdefs::{Classify, ErrorKind, WireError, render};
 use lighter_snapshotter::Mount;
 use lighter_store::content::BlobReader;
-use lighter_store::metadata::Content;
 use lighter_store::{Digest, Scope};
 
 use super::Descriptor;
-use crate::diff;
+use crate::diff::LeansOn;
 
 /// Bytes read at a time of a blob in another process.
 const REMOTE_READ_BYTES: usize = 1 << 20;
@@ -24,9 +22,11 @@ pub struct Applied {
     pub diff_id: Digest,
     /// Bytes of the uncompressed layer.
     pub size_bytes: u64,
+    /// What it wanted of the layers below and was not told.
+    pub leans_on: LeansOn,
 }
 
-/// Applies layers to mounts: the differ of this process, or one behind a proxy.
+/// Applies layers to mounts; see [`crate::differ::Differs`].
 #[async_trait]
 pub trait Applier: Send + Sync + fmt::Debug {
     /// Unpacks the blob `layer`, which the namespace has, over `mounts`.
@@ -39,54 +39,15 @@ pub trait Applier: Send + Sync + fmt::Debug {
         layer: &Descriptor,
         mounts: &[Mount],
     ) -> Result<Applied, WireError>;
-}
 
-/// The differ of this process.
-#[derive(Debug, Clone)]
-pub struct LocalApplier {
-    /// Where layers are read from.
-    pub content: Content,
-    /// Stream processors of the configuration.
-    pub processors: Arc<[diff::Processor]>,
-    /// Bounds on what a layer may become.
-    pub limits: diff::Limits,
-    /// Whether files are on disk before a layer counts as applied.
-    pub sync_fs: bool,
+    /// Whether [`Applied::leans_on`] is said; only then may a layer be applied without those below it.
+    fn tells_what_layers_lean_on(&self) -> bool {
+        false
+    }
 }
 
 fn wire<E: Classify>(error: &E) -> WireError {
     WireError::new(error.kind(), render(error))
-}
-
-#[async_trait]
-impl Applier for LocalApplier {
-    async fn apply(
-        &self,
-        scope: &Scope,
-        layer: &Descriptor,
-        mounts: &[Mount],
-    ) -> Result<Applied, WireError> {
-        let open = self.content.reader(scope, &layer.digest);
-        let reader = blocking(open.await.map_err(|error| wire(&error))?);
-        let (this, mounts) = (self.clone(), mounts.to_vec());
-        let media_type = layer.media_type.clone();
-        let work = move || {
-            let options = diff::ApplyOptions {
-                sync_fs: this.sync_fs,
-                processors: &this.processors,
-                limits: this.limits,
-                ..diff::ApplyOptions::default()
-            };
-            diff::apply(reader?, &media_type, &mounts, &options).map_err(|error| wire(&error))
-        };
-        let applied = tokio::task::spawn_blocking(work)
-            .await
-            .map_err(|error| WireError::new(ErrorKind::Internal, error.to_string()))??;
-        Ok(Applied {
-            diff_id: Digest::parse(&applied.diff_id).map_err(|error| wire(&error))?,
-            size_bytes: applied.size_bytes,
-        })
-    }
 }
 
 /// A blob as a blocking reader, wherever it is.

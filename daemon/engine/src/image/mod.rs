@@ -18,7 +18,7 @@ mod progress;
 mod unpack;
 
 pub(crate) use self::apply::blocking;
-pub use self::apply::{Applied, Applier, LocalApplier};
+pub use self::apply::{Applied, Applier};
 pub use self::descriptor::Descriptor;
 pub use self::error::Error;
 pub use self::fetch::{FetchOptions, Fetcher, Origin};

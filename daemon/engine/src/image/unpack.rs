@@ -1,5 +1,8 @@
 //! Layers into snapshots: each layer becomes a committed snapshot named by its chain ID.
 //!
+//! Where the snapshotter can put a parent under a layer afterwards, layers are applied beside each
+//! other and committed in order (`beside.rs`); elsewhere one after the other:
+//!
 //! ```text
 //! stat chain IDs from the top ──found──▶ nothing below it is fetched or applied
 //!        │ missing
@@ -12,6 +15,9 @@
 //!
 //! Spec: OCI image-spec, config.md, "Layer ChainID".
 
+mod beside;
+mod downloads;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -20,15 +26,17 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use lighter_proto::errdefs::{Classify, ErrorKind};
 use lighter_snapshotter::{CommitOptions, Kind, Mount};
-use lighter_store::labels::{GC_REF_SNAPSHOT, SNAPSHOT_PREFIX, SNAPSHOT_REF, UNCOMPRESSED};
+use lighter_store::labels::{GC_REF_SNAPSHOT, SNAPSHOT_PREFIX, SNAPSHOT_REF};
 use lighter_store::metadata::{Db, Resource, Snapshots};
 use lighter_store::{Digest, Labels, Scope};
-use tokio::sync::{Semaphore, oneshot};
-use tokio::task::JoinSet;
-use tracing::{debug, warn};
+use tokio::sync::Semaphore;
+use tracing::warn;
 
+use self::downloads::Downloads;
+use super::locks::Held;
 use super::manifest::Config;
 use super::{Applier, Descriptor, Error, Fetcher, Locks};
+use crate::diff::LeansOn;
 
 /// Times a Prepare is tried while snapshots come and go under it.
 const MAX_PREPARES: u32 = 3;
@@ -94,15 +102,6 @@ struct Job<'a> {
     layers: &'a [Descriptor],
     diff_ids: &'a [Digest],
     chain: Vec<Digest>,
-}
-
-/// Downloads running ahead; dropping it stops them.
-#[derive(Default)]
-struct Downloads {
-    tasks: JoinSet<()>,
-    /// Notes on layers that are done; the next layer does not wait for them.
-    labels: JoinSet<Result<(), Error>>,
-    results: BTreeMap<usize, oneshot::Receiver<Result<(), Error>>>,
 }
 
 impl Unpacker {
@@ -172,13 +171,16 @@ impl Unpacker {
             fetcher.tracker().done(layer, "already exists");
         }
         let mut downloads = Downloads::default();
-        let mut applied = 0;
-        for index in start..layers.len() {
-            applied += usize::from(self.layer(&job, index, &mut downloads).await?);
-        }
-        while let Some(done) = downloads.labels.join_next().await {
-            done.map_err(|_| Error::Abandoned)??;
-        }
+        let applied = if job.stands_alone() && layers.len() - start > 1 {
+            self.beside(&job, start, &mut downloads).await?
+        } else {
+            let mut applied = 0;
+            for index in start..layers.len() {
+                applied += usize::from(self.layer(&job, index, &mut downloads).await?);
+            }
+            applied
+        };
+        downloads.noted().await?;
         let key = format!("{GC_REF_SNAPSHOT}.{snapshotter}");
         let labels = Labels::from([(key, top.to_string())]);
         fetcher
@@ -220,30 +222,50 @@ impl Unpacker {
         index: usize,
         downloads: &mut Downloads,
     ) -> Result<bool, Error> {
+        let _alone = self.alone(job, index).await;
+        let parent = index.checked_sub(1).map(|below| job.chain[below].as_str());
+        self.on_parent(job, index, parent, downloads).await
+    }
+
+    /// The right to make the snapshot of one layer.
+    async fn alone(&self, job: &Job<'_>, index: usize) -> Held {
+        let key = format!(
+            "sn://{}/{}/{}",
+            job.fetcher.scope().namespace,
+            job.target.snapshotter,
+            job.chain[index]
+        );
+        let (tracker, layer) = (job.fetcher.tracker(), &job.layers[index]);
+        self.locks
+            .lock(&key, |_| tracker.set(layer, "extracting", 0))
+            .await
+    }
+
+    /// Makes one layer's snapshot on its parent, with the right to it held.
+    async fn on_parent(
+        &self,
+        job: &Job<'_>,
+        index: usize,
+        parent: Option<&str>,
+        downloads: &mut Downloads,
+    ) -> Result<bool, Error> {
         let scope = job.fetcher.scope();
         let (layer, chain_id) = (&job.layers[index], job.chain[index].as_str());
         let tracker = job.fetcher.tracker();
-        let key = format!(
-            "sn://{}/{}/{chain_id}",
-            scope.namespace, job.target.snapshotter
-        );
-        let _alone = self
-            .locks
-            .lock(&key, |_| tracker.set(layer, "extracting", 0))
-            .await;
         let labels = job.labels(index);
-        let parent = index.checked_sub(1).map(|below| job.chain[below].as_str());
         let Some((extract, mounts)) = prepare(job, chain_id, parent, &labels).await? else {
             tracker.done(layer, "already exists");
             return Ok(false);
         };
         let made = async {
             if !is_staged(&mounts) {
-                self.fill(job, index, &mounts, &extract, downloads).await?;
+                downloads.ensure(job, index);
+                downloads.wait(index).await?;
+                self.apply(job, index, &mounts, &extract).await?;
+                downloads.note(job, index);
             }
             let options = CommitOptions {
                 labels,
-                parent: None,
                 ..CommitOptions::default()
             };
             let committed = job
@@ -256,7 +278,7 @@ impl Unpacker {
             Ok(()) => {}
             Err(error) => {
                 discard(&job.snapshots, scope, &extract).await;
-                if !matches!(&error, Error::Store(e) if e.kind() == ErrorKind::AlreadyExists) {
+                if !exists(&error) {
                     return Err(error);
                 }
             }
@@ -265,18 +287,15 @@ impl Unpacker {
         Ok(true)
     }
 
-    /// Fetches a layer and applies it over `mounts`.
-    async fn fill(
+    /// Applies a layer that was fetched over `mounts`, and says what it leans on.
+    async fn apply(
         &self,
         job: &Job<'_>,
         index: usize,
         mounts: &[Mount],
         extract: &str,
-        downloads: &mut Downloads,
-    ) -> Result<(), Error> {
+    ) -> Result<LeansOn, Error> {
         let layer = &job.layers[index];
-        downloads.ensure(job, index);
-        downloads.wait(index).await?;
         let _permit = self.unpacks.acquire().await.map_err(|_| Error::Abandoned)?;
         job.fetcher.tracker().set(layer, "extracting", 0);
         let applied = job.applier.apply(job.fetcher.scope(), layer, mounts).await;
@@ -294,12 +313,13 @@ impl Unpacker {
                 want: want.clone(),
             });
         }
-        let labels = Labels::from([(UNCOMPRESSED.to_owned(), want.to_string())]);
-        let (fetcher, digest) = (job.fetcher.clone(), layer.digest.clone());
-        let note = async move { fetcher.set_labels(&digest, labels).await };
-        downloads.labels.spawn(note);
-        Ok(())
+        Ok(applied.leans_on)
     }
+}
+
+/// Whether somebody else committed the snapshot meanwhile.
+fn exists(error: &Error) -> bool {
+    matches!(error, Error::Store(e) if e.kind() == ErrorKind::AlreadyExists)
 }
 
 async fn is_committed(
@@ -369,6 +389,11 @@ fn extract_key(chain_id: &str) -> String {
 }
 
 impl Job<'_> {
+    /// Whether layers may be applied without those below them.
+    fn stands_alone(&self) -> bool {
+        self.snapshots.driver().layers_stand_alone() && self.applier.tells_what_layers_lean_on()
+    }
+
     fn labels(&self, index: usize) -> Labels {
         let layer = &self.layers[index];
         let mut labels: Labels = layer
@@ -422,38 +447,6 @@ fn rest_of(layers: &[Descriptor]) -> String {
         list.push_str(layer.digest.as_str());
     }
     list
-}
-
-impl Downloads {
-    /// Starts the downloads of `index` and everything above it, once.
-    fn ensure(&mut self, job: &Job<'_>, index: usize) {
-        if self.results.contains_key(&index) {
-            return;
-        }
-        for (at, layer) in job.layers.iter().enumerate().skip(index) {
-            let (fetcher, layer) = (job.fetcher.clone(), layer.clone());
-            let (send, receive) = oneshot::channel();
-            self.results.insert(at, receive);
-            self.tasks.spawn(async move {
-                // Nobody waits any more when the unpack failed: then this task is stopped too.
-                let _ = send.send(fetcher.blob(&layer).await);
-            });
-        }
-    }
-
-    async fn wait(&mut self, index: usize) -> Result<(), Error> {
-        let receive = self
-            .results
-            .get_mut(&index)
-            .expect("started before it is waited for");
-        match receive.await {
-            Ok(result) => result,
-            Err(_) => {
-                debug!(index, "download task ended without result");
-                Err(Error::Abandoned)
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -87,7 +87,9 @@ impl Layout {
         if !self.verity.load(Ordering::Relaxed) {
             return;
         }
-        if let Err(error) = File::open(path).and_then(|file| lighter_snapshotter::enable_verity(&file)) {
+        if let Err(error) =
+            File::open(path).and_then(|file| lighter_snapshotter::enable_verity(&file))
+        {
             match error.raw_os_error().map(nix::errno::Errno::from_raw) {
                 Some(nix::errno::Errno::EEXIST) => {}
                 Some(nix::errno::Errno::ETXTBSY) => {

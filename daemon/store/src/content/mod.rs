@@ -7,7 +7,11 @@
 mod ingest;
 mod local;
 mod locks;
+mod proxy;
 mod reader;
+mod serve;
+#[cfg(any(test, feature = "testsuite"))]
+pub mod testsuite;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -19,7 +23,9 @@ use bytes::Bytes;
 pub use self::local::Local;
 pub use self::locks::{KeyGuard, RefGuard};
 pub(crate) use self::locks::{KeyedMutex, Pin, Pins, RefLocks};
+pub use self::proxy::Proxy;
 pub use self::reader::BlobReader;
+pub use self::serve::Serve;
 use crate::filter::Fields;
 use crate::{Digest, Error};
 

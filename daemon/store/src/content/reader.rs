@@ -38,7 +38,6 @@ impl BlobReader {
         }
     }
 
-    #[allow(dead_code, reason = "used by the proxy store")]
     pub(crate) fn of_remote(remote: Arc<dyn ReadAt>, size_bytes: u64) -> Self {
         Self {
             source: Source::Remote(remote),

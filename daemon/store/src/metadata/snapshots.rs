@@ -522,6 +522,15 @@ impl Snapshots {
         })
     }
 
+    /// Waits until the files written into active snapshots so far are on disk; see
+    /// [`CommitOptions::synced`].
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub async fn sync(&self) -> Result<(), Error> {
+        Ok(self.driver.sync().await?)
+    }
+
     /// Commits `key` as `name`. Event `/snapshot/commit`.
     ///
     /// # Errors

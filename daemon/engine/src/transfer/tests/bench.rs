@@ -56,6 +56,7 @@ impl Applier for Hashing {
         Ok(Applied {
             diff_id: Digest::of(&plain),
             size_bytes: plain.len() as u64,
+            leans_on: crate::diff::LeansOn::default(),
         })
     }
 }

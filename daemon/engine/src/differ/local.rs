@@ -1,23 +1,23 @@
-//! The differ of this process: layers of the content store to mounts and back.
+//! The differ of this process.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use async_trait::async_trait;
 use lighter_proto::errdefs::{Classify, ErrorKind, WireError, render};
 use lighter_snapshotter::Mount;
 use lighter_store::metadata::{Content, Descriptor};
 use lighter_store::{Digest, Labels, Scope, labels};
-use prost_types::Any;
 
+use super::{Applied, ApplyOptions, Differ, Difference};
 use crate::diff;
 use crate::image::blocking;
 use crate::ingest::ingest;
 
-/// Applies and makes layers.
+/// Applies and makes layers on this machine.
 #[derive(Debug, Clone)]
-pub struct Differ {
+pub struct LocalDiffer {
     /// Where layers are.
     pub content: Content,
     /// Stream processors of the configuration.
@@ -30,23 +30,6 @@ pub struct Differ {
     pub temp_dir: PathBuf,
 }
 
-/// What a difference is made of.
-#[derive(Debug, Clone, Default)]
-pub struct Difference {
-    /// Mounts of the lower side.
-    pub lower: Vec<Mount>,
-    /// Mounts of the upper side.
-    pub upper: Vec<Mount>,
-    /// Media type of the result; empty is gzip.
-    pub media_type: String,
-    /// Ref of the ingest; empty for any.
-    pub reference: String,
-    /// Labels of the blob.
-    pub labels: Labels,
-    /// Latest modification time in the result.
-    pub source_date_epoch: Option<SystemTime>,
-}
-
 fn wire<E: Classify>(error: &E) -> WireError {
     WireError::new(error.kind(), render(error))
 }
@@ -55,28 +38,24 @@ fn cut_off(error: &tokio::task::JoinError) -> WireError {
     WireError::new(ErrorKind::Internal, error.to_string())
 }
 
-impl Differ {
-    /// Unpacks `layer` over `mounts`; the descriptor of the plain tar it holds.
-    ///
-    /// # Errors
-    /// `NotFound` without the blob, `Unimplemented` for a media type that nothing reads, or why it
-    /// could not be unpacked; what was written so far stays.
-    pub async fn apply(
+#[async_trait]
+impl Differ for LocalDiffer {
+    async fn apply(
         &self,
         scope: &Scope,
         layer: &Descriptor,
-        mounts: Vec<Mount>,
-        payloads: BTreeMap<String, Any>,
-        sync_fs: bool,
-    ) -> Result<Descriptor, WireError> {
+        mounts: &[Mount],
+        options: ApplyOptions,
+    ) -> Result<Applied, WireError> {
         let reader = self.content.reader(scope, &layer.digest).await;
         let reader = blocking(reader.map_err(|e| wire(&e))?)?;
         let (this, media_type) = (self.clone(), layer.media_type.clone());
+        let mounts = mounts.to_vec();
         let work = move || {
             let options = diff::ApplyOptions {
-                sync_fs: this.sync_fs || sync_fs,
+                sync_fs: this.sync_fs || options.sync_fs,
                 processors: &this.processors,
-                payloads,
+                payloads: options.payloads,
                 limits: this.limits,
                 temp_dir: Some(this.temp_dir),
             };
@@ -85,19 +64,19 @@ impl Differ {
         let applied = tokio::task::spawn_blocking(work)
             .await
             .map_err(|e| cut_off(&e))??;
-        Ok(Descriptor {
+        let layer = Descriptor {
             media_type: diff::LAYER_TAR.to_owned(),
             digest: Digest::parse(&applied.diff_id).map_err(|e| wire(&e))?,
             size_bytes: applied.size_bytes,
             annotations: Labels::new(),
+        };
+        Ok(Applied {
+            layer,
+            leans_on: applied.leans_on,
         })
     }
 
-    /// Writes what makes the upper side of the lower as a layer.
-    ///
-    /// # Errors
-    /// `Unimplemented` for a media type that is not made, or why it could not be.
-    pub async fn compare(&self, scope: &Scope, asked: Difference) -> Result<Descriptor, WireError> {
+    async fn compare(&self, scope: &Scope, asked: Difference) -> Result<Descriptor, WireError> {
         let reference = if asked.reference.is_empty() {
             format!("diff-{:016x}", rand::random::<u64>())
         } else {
@@ -132,6 +111,10 @@ impl Differ {
             size_bytes: made.size_bytes,
             annotations: Labels::new(),
         })
+    }
+
+    fn tells_what_layers_lean_on(&self) -> bool {
+        true
     }
 }
 
