@@ -275,8 +275,7 @@ impl Mounts {
         let ours = if temporary {
             mounts.len()
         } else {
-            let last = mounts.iter().rposition(needs_us).ok_or(Error::Needless)?;
-            last + 1
+            made_here(mounts).ok_or(Error::Needless)?
         };
         let key = (scope.namespace.clone(), name.to_owned());
         let path = {
@@ -515,6 +514,16 @@ fn is_there(active: &Active) -> bool {
     is_mountpoint(point).unwrap_or(true)
 }
 
+/// How many of `mounts`, from the first on, are mounted here; `None` when the caller can do them all.
+/// One whose prefixes are carried out is then a plain mount, which is the caller's; those before it,
+/// which it may refer to, are not.
+fn made_here(mounts: &[Mount]) -> Option<usize> {
+    let last = |is: fn(&Mount) -> bool| mounts.iter().rposition(is);
+    let prefixed = last(has_prefix);
+    let handled = last(|mount| mount.kind() == "loop").map(|index| index + 1);
+    prefixed.max(handled)
+}
+
 /// Whether any of `mounts` needs more than the kernel.
 pub(crate) fn needed(mounts: &[Mount]) -> bool {
     mounts.iter().any(needs_us)
@@ -522,7 +531,7 @@ pub(crate) fn needed(mounts: &[Mount]) -> bool {
 
 /// Whether a mount needs more than the kernel.
 fn needs_us(mount: &Mount) -> bool {
-    mount.fstype == "loop" || has_prefix(mount)
+    mount.kind() == "loop" || has_prefix(mount)
 }
 
 fn write(path: &Path, key: &Key, activation: &Activation, complete: bool) -> Result<(), String> {
@@ -644,12 +653,16 @@ mod tests {
             mount("format/bind", Path::new("{{ mount 0 }}/upper"), &["bind"]),
         ]);
         let activation = activation.unwrap();
-        assert_eq!(activation.active.len(), 2);
+        // The last is ready for the caller, who mounts it.
+        assert_eq!(activation.active.len(), 1);
+        let point = &activation.active[0].mount_point;
+        assert_eq!(activation.system[0].source, format!("{point}/upper"));
+        assert_eq!(activation.system[0].fstype, "bind");
         assert!(root.join("upper").is_dir());
         assert!(matches!(activate(&[bind]), Err(Error::Needless)));
         // Found again by the next run, then undone by it.
         let again = Mounts::open(&state, &root).unwrap();
-        assert_eq!(again.info(&namespace, "a").unwrap().active.len(), 2);
+        assert_eq!(again.info(&namespace, "a").unwrap().active.len(), 1);
         let items = again.items();
         assert_eq!(items[0].lease.as_deref(), Some("l"));
         assert_eq!(items[0].keepers, [Node::new(Kind::Container, "n", "c")]);
