@@ -57,7 +57,7 @@ pub(crate) fn open(config: &Config) -> anyhow::Result<Stores> {
         .with_context(|| format!("open the database in {}", path.display()))?;
     let (content, mut plugins) = content(config)?;
     let mut snapshotters = BTreeMap::new();
-    for (id, opened) in drivers(config, &kv) {
+    for (id, opened) in drivers(config, &kv)? {
         let plugin = match config.proxies.get(&id) {
             Some(proxy) => proxied(kind::SNAPSHOTTER, &id, proxy),
             None => Plugin::new(kind::SNAPSHOTTER, &id).on_platform(),
@@ -167,10 +167,18 @@ fn content(config: &Config) -> anyhow::Result<(Arc<dyn Store>, Vec<Plugin>)> {
 type Opened = Result<Arc<dyn Snapshotter>, WireError>;
 
 /// Every snapshotter that is configured, whether it could be opened or not.
-fn drivers(config: &Config, kv: &lighter_kv::Db) -> Vec<(String, Opened)> {
+fn drivers(config: &Config, kv: &lighter_kv::Db) -> anyhow::Result<Vec<(String, Opened)>> {
     let mut drivers = Vec::new();
     for id in BUILT_IN {
         let uri = format!("{}.{id}", kind::SNAPSHOTTER);
+        if config.proxies.get(id).is_some_and(|p| p.kind == "snapshot") {
+            anyhow::ensure!(
+                config.disabled(&uri),
+                "proxy_plugins.{id}: there is a snapshotter of that name: choose another, or add \
+                 {uri} to disabled_plugins"
+            );
+            continue;
+        }
         let opened = if config.disabled(&uri) {
             Err(skipped(&uri))
         } else {
@@ -187,7 +195,7 @@ fn drivers(config: &Config, kv: &lighter_kv::Db) -> Vec<(String, Opened)> {
             .map_err(failed);
         drivers.push((name.clone(), opened));
     }
-    drivers
+    Ok(drivers)
 }
 
 /// The snapshotter `id` of this process, with records in `kv`.

@@ -12,6 +12,7 @@ use prost_types::Any;
 
 use super::db::Inner;
 use super::keys::{self, table};
+use super::mask;
 use super::records::{ContainerRecord, RuntimeRecord, Stamps};
 use crate::events::topic;
 use crate::filter::{self, Fields, Filter};
@@ -73,7 +74,7 @@ impl Container {
                 reason: reason.to_owned(),
             })
         };
-        check_extensions(&self.extensions)?;
+        mask::check_extensions(&self.extensions)?;
         labels::check(&self.labels)?;
         if self.runtime.name.is_empty() {
             return invalid("container.Runtime.Name must be set");
@@ -119,16 +120,17 @@ impl Container {
 
     /// Takes over what `path` names from `request`.
     fn set(&mut self, request: &Self, path: &str) -> Result<(), Error> {
-        match path.split_once('.') {
-            Some(("labels", key)) => labels::set_from(&mut self.labels, key, &request.labels),
-            Some(("extensions", key)) => {
-                set_extension(&mut self.extensions, key, &request.extensions);
-            }
-            None if path == "labels" => self.labels.clone_from(&request.labels),
-            None if path == "extensions" => self.extensions.clone_from(&request.extensions),
-            None if path == "spec" => self.spec.clone_from(&request.spec),
-            None if path == "image" => self.image.clone_from(&request.image),
-            None if path == "snapshotkey" => self.snapshot_key.clone_from(&request.snapshot_key),
+        let mut maps = mask::Maps {
+            labels: &mut self.labels,
+            extensions: &mut self.extensions,
+        };
+        if maps.set(path, &request.labels, &request.extensions) {
+            return Ok(());
+        }
+        match path {
+            "spec" => self.spec.clone_from(&request.spec),
+            "image" => self.image.clone_from(&request.image),
+            "snapshotkey" => self.snapshot_key.clone_from(&request.snapshot_key),
             _ => {
                 let object = format!("container \"{}\"", self.id);
                 return Err(labels::unknown_path(path, &object));
@@ -140,26 +142,6 @@ impl Container {
 
 /// Paths that an empty mask stands for.
 const MUTABLE: [&str; 5] = ["labels", "spec", "extensions", "image", "snapshotkey"];
-
-pub(super) fn check_extensions(extensions: &BTreeMap<String, Any>) -> Result<(), Error> {
-    if extensions.contains_key("") {
-        return Err(Error::Invalid {
-            reason: "extension key must not be zero-length".to_owned(),
-        });
-    }
-    Ok(())
-}
-
-pub(super) fn set_extension(
-    target: &mut BTreeMap<String, Any>,
-    key: &str,
-    request: &BTreeMap<String, Any>,
-) {
-    match request.get(key) {
-        Some(value) => target.insert(key.to_owned(), value.clone()),
-        None => target.remove(key),
-    };
-}
 
 impl From<Runtime> for RuntimeRecord {
     fn from(runtime: Runtime) -> Self {
@@ -279,13 +261,9 @@ impl Containers {
                 let mut updated = Container::of(container.id.clone(), record);
                 if mask.is_empty() {
                     check_immutable(&updated, &container)?;
-                    for path in MUTABLE {
-                        updated.set(&container, path)?;
-                    }
-                } else {
-                    for path in mask {
-                        updated.set(&container, path)?;
-                    }
+                }
+                for path in mask::paths(mask, &MUTABLE) {
+                    updated.set(&container, path)?;
                 }
                 updated.check()?;
                 labels::drop_empty(&mut updated.labels);

@@ -16,6 +16,7 @@ pub mod collect;
 mod db;
 pub mod edges;
 mod keys;
+mod mask;
 mod records;
 
 use std::collections::BTreeMap;

@@ -8,9 +8,9 @@ use std::time::SystemTime;
 use prost_types::Any;
 
 use super::Runtime;
-use super::containers::{check_extensions, set_extension};
 use super::db::Inner;
 use super::keys::{self, table};
+use super::mask;
 use super::records::{SandboxRecord, Stamps};
 use crate::filter::{self, Fields, Filter};
 use crate::{Error, Identifier, Labels, Scope, labels};
@@ -48,7 +48,7 @@ impl Fields for Sandbox {
 
 impl Sandbox {
     fn check(&self) -> Result<(), Error> {
-        check_extensions(&self.extensions)?;
+        mask::check_extensions(&self.extensions)?;
         labels::check(&self.labels)?;
         if self.runtime.name.is_empty() {
             return Err(Error::Invalid {
@@ -84,15 +84,16 @@ impl Sandbox {
 
     /// Takes over what `path` names from `request`.
     fn set(&mut self, request: &Self, path: &str) -> Result<(), Error> {
-        match path.split_once('.') {
-            Some(("labels", key)) => labels::set_from(&mut self.labels, key, &request.labels),
-            Some(("extensions", key)) => {
-                set_extension(&mut self.extensions, key, &request.extensions);
-            }
-            None if path == "labels" => self.labels.clone_from(&request.labels),
-            None if path == "extensions" => self.extensions.clone_from(&request.extensions),
-            None if path == "runtime" => self.runtime.clone_from(&request.runtime),
-            None if path == "spec" => self.spec.clone_from(&request.spec),
+        let mut maps = mask::Maps {
+            labels: &mut self.labels,
+            extensions: &mut self.extensions,
+        };
+        if maps.set(path, &request.labels, &request.extensions) {
+            return Ok(());
+        }
+        match path {
+            "runtime" => self.runtime.clone_from(&request.runtime),
+            "spec" => self.spec.clone_from(&request.spec),
             _ => {
                 let object = format!("sandbox \"{}\"", self.id);
                 return Err(labels::unknown_path(path, &object));
@@ -190,19 +191,13 @@ impl Sandboxes {
                     .ok_or_else(|| not_found(id))?;
                 let mut stamps = record.stamps;
                 let mut updated = Sandbox::of(sandbox.id.clone(), record);
-                if fields.is_empty() {
-                    if sandbox.runtime.name != updated.runtime.name {
-                        return Err(Error::Invalid {
-                            reason: "sandbox.Runtime.Name field is immutable".to_owned(),
-                        });
-                    }
-                    for path in MUTABLE {
-                        updated.set(&sandbox, path)?;
-                    }
-                } else {
-                    for path in fields {
-                        updated.set(&sandbox, path)?;
-                    }
+                if fields.is_empty() && sandbox.runtime.name != updated.runtime.name {
+                    return Err(Error::Invalid {
+                        reason: "sandbox.Runtime.Name field is immutable".to_owned(),
+                    });
+                }
+                for path in mask::paths(fields, &MUTABLE) {
+                    updated.set(&sandbox, path)?;
                 }
                 updated.check()?;
                 labels::drop_empty(&mut updated.labels);

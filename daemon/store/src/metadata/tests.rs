@@ -30,12 +30,72 @@ fn world_with(policy: SharingPolicy) -> World {
     World { db, kv, dir }
 }
 
+/// Set in the environment: the stores below are in another process's place, behind a socket.
+const PROXIED: &str = "LIGHTER_TEST_PROXIED";
+
 fn open(kv: &lighter_kv::Db, dir: &std::path::Path, policy: SharingPolicy) -> Db {
     let content = Arc::new(Local::open(&dir.join("content")).unwrap());
     let native = Native::open(kv.clone(), b"snapshotter/native/", &dir.join("native")).unwrap();
-    let native: Arc<dyn Snapshotter> = Arc::new(native);
+    let (mut content, mut native): (Arc<dyn Store>, Arc<dyn Snapshotter>) =
+        (content, Arc::new(native));
+    if std::env::var_os(PROXIED).is_some() {
+        (content, native) = behind_a_socket(dir, content, native);
+    }
     let snapshotters = BTreeMap::from([("native".to_owned(), native)]);
     Db::open(kv.clone(), content, snapshotters, Exchange::new(), policy).unwrap()
+}
+
+fn behind_a_socket(
+    dir: &std::path::Path,
+    content: Arc<dyn Store>,
+    native: Arc<dyn Snapshotter>,
+) -> (Arc<dyn Store>, Arc<dyn Snapshotter>) {
+    let address = (0..)
+        .map(|n| dir.join(format!("{n}.sock")))
+        .find(|path| !path.exists())
+        .expect("numbers do not end");
+    let listener = std::os::unix::net::UnixListener::bind(&address).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    // On a runtime of its own, so that a test that blocks does not stop it.
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+            let incoming = tokio_stream::wrappers::UnixListenerStream::new(listener);
+            tonic::transport::Server::builder()
+                .add_service(crate::content::Serve::new(content, Default::default()))
+                .add_service(lighter_snapshotter::Serve::new(native))
+                .serve_with_incoming(incoming)
+                .await
+                .unwrap();
+        });
+    });
+    let address = address.to_str().unwrap();
+    (
+        Arc::new(crate::content::Proxy::connect(address).unwrap()),
+        Arc::new(lighter_snapshotter::Proxy::connect(address, "native").unwrap()),
+    )
+}
+
+#[test]
+fn everything_holds_through_proxies_as_well() {
+    if std::env::var_os(PROXIED).is_some() {
+        return;
+    }
+    let this = std::env::current_exe().unwrap();
+    let output = std::process::Command::new(this)
+        .args(["metadata::tests::", "--test-threads=2"])
+        .env(PROXIED, "1")
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stdout)
+    );
 }
 
 fn world() -> World {
