@@ -23,6 +23,8 @@ const CRI: &str = "\"io.containerd.grpc.v1.cri\"";
 pub struct Options {
     /// Configuration appended to the generated file (version 2).
     pub config: String,
+    /// Configuration before the first table: keys of the file itself.
+    pub head: String,
     /// Level of the daemon's log; `debug` when none is given.
     pub log_level: Option<&'static str>,
     /// Size of a filesystem of its own for the daemon's root, in MiB.
@@ -68,12 +70,13 @@ impl Daemon {
             .map(|n| n.replace("lighter-it-", "it-"))
             .context("a temporary name is UTF-8")?;
         let config = format!(
-            "version = 2\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = [{disabled}]\n\
+            "version = 2\n{head}\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = [{disabled}]\n\
              [grpc]\naddress = {sock:?}\n[debug]\nlevel = {level:?}\n{GC_WHEN_ASKED}\n{extra}\n",
             disabled = if options.cri { "" } else { CRI },
             root = dir.join("root"),
             state = dir.join("state"),
             sock = dir.join("c.sock"),
+            head = options.head,
             extra = options.config,
             level = options.log_level.unwrap_or("debug"),
         );
