@@ -51,9 +51,8 @@ impl Cri {
         let Some(plugin) = self.plugin else { return };
         let gate = self.gate;
         tracker.spawn(async move {
-            match plugin.recover().await {
-                Ok(()) => gate.open(plugin),
-                Err(error) => error!(%error, "pods of earlier runs cannot be read; CRI stays shut"),
+            if let Err(error) = plugin.recover(&gate).await {
+                error!(%error, "pods of earlier runs cannot be read; CRI stays shut");
             }
         });
     }

@@ -105,7 +105,7 @@ impl Default for Images {
             use_local_image_pull: false,
             pinned_images: BTreeMap::from([(
                 "sandbox".to_owned(),
-                "registry.k8s.io/pause:3.10.1".to_owned(),
+                crate::image::pause::NAME.to_owned(),
             )]),
             registry: Registry::default(),
             image_decryption: Decryption::default(),

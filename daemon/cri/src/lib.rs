@@ -20,6 +20,7 @@ pub mod seccomp_default;
 pub mod spec;
 pub mod store;
 pub mod streaming;
+pub mod turn;
 
 mod oci;
 mod sys;

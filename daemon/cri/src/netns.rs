@@ -63,10 +63,15 @@ impl Error {
 /// # Cancellation
 /// A dropped future may leave the namespace; [`leftovers`] finds it.
 pub async fn create(dir: &Path, userns: Option<OwnedFd>) -> Result<PathBuf, Error> {
-    let path = dir.join(random_name());
-    let target = path.clone();
-    on_thread("create", &path, move || create_at(&target, userns)).await?;
+    let path = new_path(dir);
+    create_named(&path, userns).await?;
     Ok(path)
+}
+
+/// A path below `dir` for a namespace that is not made yet.
+#[must_use]
+pub fn new_path(dir: &Path) -> PathBuf {
+    dir.join(random_name())
 }
 
 /// Makes a network namespace at exactly `path`, on the calling thread's behalf.

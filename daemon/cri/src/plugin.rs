@@ -1,21 +1,22 @@
 //! The plugin: what every call works with, made once at start.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lighter_engine::gc::Collector;
 use lighter_engine::runtime::Manager;
 use lighter_engine::transfer::Transfer;
 use lighter_proto::errdefs::into_status;
-use lighter_proto::runtime::v1::ContainerEventResponse;
+use lighter_proto::runtime::v1::RuntimeHandlerFeatures;
 use lighter_snapshotter::Usage;
 use lighter_store::filter::Filter;
 use lighter_store::metadata::Db;
 use lighter_store::{Namespace, Scope};
-use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::metadata::MetadataMap;
 use tonic::{Response, Status};
 
 use crate::cni::{self, Cni};
@@ -23,15 +24,59 @@ use crate::config;
 use crate::error::{Error, Result};
 use crate::image::Images;
 use crate::json::Json;
-use crate::runtime::{Backend, History};
+use crate::runtime::{Backend, Backlog, History};
 use crate::spec::resources::Machine;
 use crate::store::Store;
 use crate::streaming;
 
 /// Directory of the plugin below the daemon's root and state.
 pub const DIRECTORY: &str = "io.containerd.grpc.v1.cri";
-/// Events kept for a subscriber that reads slowly.
-const EVENT_BACKLOG: usize = 1024;
+
+fn count(number: u32) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+/// Makes a directory that only we may look into; one that is there is made so.
+async fn private_dir(dir: &Path) -> Result<()> {
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    tokio::fs::create_dir_all(dir)
+        .await
+        .map_err(crate::error::io("create", dir))?;
+    tokio::fs::set_permissions(dir, mode)
+        .await
+        .map_err(crate::error::io("close to others", dir))
+}
+
+/// The key pair of the streaming server, where it is to have one.
+fn streaming_tls(server: &config::Server) -> Option<streaming::KeyPair> {
+    let pair = &server.x509_key_pair_streaming;
+    let files = streaming::KeyPair::Files {
+        certificate: PathBuf::from(&pair.tls_cert_file),
+        key: PathBuf::from(&pair.tls_key_file),
+    };
+    server.enable_tls_streaming.then(|| {
+        if pair.tls_cert_file.is_empty() && pair.tls_key_file.is_empty() {
+            streaming::KeyPair::SelfSigned
+        } else {
+            files
+        }
+    })
+}
+
+/// Networks as the configuration wants them.
+fn cni_config(runtime: &config::Runtime, root: &Path) -> cni::Config {
+    let settings = &runtime.cni;
+    cni::Config {
+        conf_dir: PathBuf::from(&settings.conf_dir),
+        bin_dirs: settings.bin_dirs.iter().map(PathBuf::from).collect(),
+        max_conf_num: count(settings.max_conf_num),
+        setup_serially: settings.setup_serially,
+        conf_template: Some(&settings.conf_template)
+            .filter(|t| !t.is_empty())
+            .map(PathBuf::from),
+        ..cni::Config::with_root(root)
+    }
+}
 
 /// What the plugin is made of.
 #[derive(Debug)]
@@ -81,12 +126,41 @@ impl Gate {
     }
 }
 
+tokio::task_local! {
+    /// When the caller of this work stops waiting for it.
+    static DEADLINE: Option<Instant>;
+}
+
+/// How much longer the caller of this work waits; `None` when it said nothing.
+pub(crate) fn time_left() -> Option<Duration> {
+    let deadline = DEADLINE.try_with(|at| *at).ok().flatten()?;
+    Some(deadline.saturating_duration_since(Instant::now()))
+}
+
+/// The deadline in a request's metadata. Spec: gRPC over HTTP2, `grpc-timeout`.
+pub(crate) fn deadline(metadata: &MetadataMap) -> Option<Instant> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let count: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
+    let limit = match unit {
+        "H" => Duration::from_secs(count * 3600),
+        "M" => Duration::from_secs(count * 60),
+        "S" => Duration::from_secs(count),
+        "m" => Duration::from_millis(count),
+        "u" => Duration::from_micros(count),
+        "n" => Duration::from_nanos(count),
+        _ => return None,
+    };
+    Instant::now().checked_add(limit)
+}
+
 /// Does work to its end, even when the caller hangs up.
 pub(crate) async fn owned<T: Send + 'static>(
     plugin: &Plugin,
+    deadline: Option<Instant>,
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<Response<T>, Status> {
-    let done = plugin.tracker.spawn(work).await;
+    let done = plugin.tracker.spawn(DEADLINE.scope(deadline, work)).await;
     let done = done.map_err(|e| Status::internal(e.to_string()))?;
     done.map(Response::new).map_err(into_status)
 }
@@ -104,19 +178,26 @@ pub struct Plugin {
     collector: Collector,
     pub(crate) images: Arc<Images>,
     pub(crate) store: Arc<Store>,
+    /// Networks of handlers without a directory of their own.
     pub(crate) cni: Cni,
+    /// Networks by handler, where one has a directory of its own.
+    pub(crate) own_cni: BTreeMap<String, Cni>,
     pub(crate) json: Json,
     pub(crate) stats: History,
     pub(crate) streaming: OnceLock<Arc<streaming::Server>>,
     pub(crate) tracker: TaskTracker,
     pub(crate) stop: CancellationToken,
     pub(crate) machine: Machine,
-    pub(crate) events: broadcast::Sender<ContainerEventResponse>,
+    pub(crate) events: Backlog,
+    /// What handlers offer, once somebody asked.
+    pub(crate) features: tokio::sync::OnceCell<BTreeMap<String, RuntimeHandlerFeatures>>,
+    /// Held by whoever makes the pause image.
+    pub(crate) pause_made: tokio::sync::Mutex<()>,
     pub(crate) version: String,
 }
 
 impl Plugin {
-    /// Makes the plugin and starts its background work; [`Plugin::recover`] comes before serving.
+    /// Makes the plugin and starts its background work; `recover` comes before serving.
     ///
     /// # Errors
     /// When directories cannot be made, the records cannot be read or the streaming server cannot
@@ -127,9 +208,7 @@ impl Plugin {
         let root = parts.root.join(DIRECTORY);
         let state = parts.state.join(DIRECTORY);
         for dir in [&root, &state] {
-            tokio::fs::create_dir_all(dir)
-                .await
-                .map_err(crate::error::io("create", dir))?;
+            private_dir(dir).await?;
         }
         let images = Images::new(
             parts.db.clone(),
@@ -137,18 +216,20 @@ impl Plugin {
             parts.transfer.clone(),
             parts.config.images.clone(),
         );
-        let settings = &parts.config.runtime.cni;
-        let cni = Cni::new(cni::Config {
-            conf_dir: PathBuf::from(&settings.conf_dir),
-            bin_dirs: settings.bin_dirs.iter().map(PathBuf::from).collect(),
-            max_conf_num: usize::try_from(settings.max_conf_num).unwrap_or(usize::MAX),
-            setup_serially: settings.setup_serially,
-            conf_template: Some(&settings.conf_template)
-                .filter(|t| !t.is_empty())
-                .map(PathBuf::from),
-            ..cni::Config::with_root(&root)
-        })
-        .await;
+        let common = cni_config(&parts.config.runtime, &root);
+        let cni = Cni::new(common.clone()).await;
+        let mut own_cni = BTreeMap::new();
+        for (name, handler) in &parts.config.runtime.containerd.runtimes {
+            if !handler.cni_conf_dir.is_empty() {
+                let own = cni::Config {
+                    conf_dir: PathBuf::from(&handler.cni_conf_dir),
+                    max_conf_num: count(handler.cni_max_conf_num),
+                    conf_template: None,
+                    ..common.clone()
+                };
+                own_cni.insert(name.clone(), Cni::new(own).await);
+            }
+        }
         let stats = History::new(
             config::duration(
                 "stats_collect_period",
@@ -173,25 +254,20 @@ impl Plugin {
             images: Arc::new(images),
             store: Arc::default(),
             cni,
+            own_cni,
             json: Json::new()?,
             stats,
             streaming: OnceLock::new(),
             tracker: parts.tracker,
             stop: parts.stop,
-            events: broadcast::Sender::new(EVENT_BACKLOG),
+            events: Backlog::default(),
+            features: tokio::sync::OnceCell::new(),
+            pause_made: tokio::sync::Mutex::default(),
             version: parts.version,
         });
         plugin.serve_streams().await?;
         plugin.background();
         Ok(plugin)
-    }
-
-    /// Finds what earlier runs left. Tasks must be on the books.
-    ///
-    /// # Errors
-    /// When the records cannot be read.
-    pub async fn recover(self: &Arc<Self>) -> Result<()> {
-        self.images.load().await
     }
 
     async fn serve_streams(self: &Arc<Self>) -> Result<()> {
@@ -203,7 +279,9 @@ impl Plugin {
                 .stream_server_port
                 .parse()
                 .map_err(|_| invalid("stream_server_port: not a port"))?,
-            ..streaming::Config::default()
+            idle_timeout: config::duration("stream_idle_timeout", &server.stream_idle_timeout)?
+                .unwrap_or(streaming::Config::default().idle_timeout),
+            tls: streaming_tls(server),
         };
         let backend = Arc::new(Backend(Arc::downgrade(self)));
         let server = streaming::Server::bind(&config, backend)
@@ -222,13 +300,28 @@ impl Plugin {
             .spawn(async move { stop.run_until_cancelled(images.follow()).await });
         let (this, stop) = (Arc::clone(self), self.stop.clone());
         self.tracker
-            .spawn(async move { stop.run_until_cancelled(this.cni.watch()).await });
+            .spawn(async move { stop.run_until_cancelled(this.watch_networks()).await });
         let (this, stop) = (Arc::clone(self), self.stop.clone());
         self.tracker
             .spawn(async move { stop.run_until_cancelled(this.follow_oom()).await });
         let (this, stop) = (Arc::clone(self), self.stop.clone());
         self.tracker
             .spawn(async move { stop.run_until_cancelled(this.sample()).await });
+    }
+
+    async fn watch_networks(&self) {
+        let own = self.own_cni.values().map(Cni::watch);
+        tokio::join!(self.cni.watch(), futures::future::join_all(own));
+    }
+
+    /// The networks of a handler's pods.
+    pub(crate) fn cni_of(&self, handler: &str) -> &Cni {
+        let name = if handler.is_empty() {
+            &self.config.runtime.containerd.default_runtime_name
+        } else {
+            handler
+        };
+        self.own_cni.get(name).unwrap_or(&self.cni)
     }
 
     /// The runtime handler of a name; empty for the default.

@@ -1,7 +1,8 @@
 //! What CRI knows in memory: pods, containers, and the names they hold.
 //!
-//! Lists and status come from here without touching disk, shim or database. A pod or container has
-//! one `busy` lock that its life-cycle calls take in turn; reading takes only the small state lock.
+//! Lists and status come from here without touching disk, shim or database. The life-cycle calls of
+//! a pod or container take its `busy` [`Turn`] one after the other; reading takes only the small
+//! state lock.
 //!
 //! ```text
 //! container: CREATED ─start─► RUNNING ─exit─► EXITED       (start fails: CREATED ─► EXITED)
@@ -21,6 +22,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use crate::error::{Error, Result};
+use crate::turn::Turn;
 use lighter_proto::errdefs::ErrorKind;
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -63,9 +65,9 @@ pub struct Pod {
     pub handler: String,
     /// Its network namespace; `None` on the host's network.
     pub netns: Option<PathBuf>,
-    state: Mutex<PodState>,
+    state: watch::Sender<PodState>,
     /// Taken by run, stop and remove in turn.
-    pub busy: tokio::sync::Mutex<()>,
+    pub busy: Turn,
 }
 
 impl Pod {
@@ -95,26 +97,35 @@ impl Pod {
             config,
             handler,
             netns,
-            state: Mutex::new(state),
-            busy: tokio::sync::Mutex::default(),
+            state: watch::Sender::new(state),
+            busy: Turn::default(),
         }
     }
 
     /// Its state now.
     #[must_use]
     pub fn state(&self) -> PodState {
-        locked(&self.state).clone()
+        self.state.borrow().clone()
     }
 
-    /// Changes its state.
+    /// Changes its state and wakes those who wait for it.
     pub fn update(&self, change: impl FnOnce(&mut PodState)) {
-        change(&mut locked(&self.state));
+        self.state.send_modify(change);
+    }
+
+    /// Waits until it is not ready.
+    pub async fn ended(&self) {
+        let mut state = self.state.subscribe();
+        // The sender lives as long as the pod.
+        let _ = state
+            .wait_for(|s| s.state != PodSandboxState::SandboxReady)
+            .await;
     }
 
     /// Whether containers can be made in it.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        locked(&self.state).state == PodSandboxState::SandboxReady
+        self.state.borrow().state == PodSandboxState::SandboxReady
     }
 }
 
@@ -147,8 +158,6 @@ pub struct ContainerStatus {
     pub stop_sent: bool,
     /// Whether the kernel killed something in it for want of memory.
     pub oom_killed: bool,
-    /// Whether its state could not be found out.
-    pub unknown: bool,
 }
 
 impl ContainerStatus {
@@ -169,7 +178,6 @@ impl ContainerStatus {
             removing: false,
             stop_sent: false,
             oom_killed: false,
-            unknown: false,
         }
     }
 }
@@ -196,8 +204,10 @@ pub struct Container {
     /// Who it runs as.
     pub user: ContainerUser,
     status: watch::Sender<ContainerStatus>,
-    /// Taken by start, stop's kill and remove in turn.
-    pub busy: tokio::sync::Mutex<()>,
+    /// Held while its status file is written.
+    file: Mutex<()>,
+    /// Taken by start, update and remove in turn.
+    pub busy: Turn,
 }
 
 /// What is fixed when a container is made.
@@ -238,8 +248,14 @@ impl Container {
             snapshotter: new.snapshotter,
             user: new.user,
             status: watch::Sender::new(status),
-            busy: tokio::sync::Mutex::default(),
+            file: Mutex::default(),
+            busy: Turn::default(),
         }
+    }
+
+    /// Held by whoever writes its status file, so that the newest status is the last one written.
+    pub(crate) fn file(&self) -> MutexGuard<'_, ()> {
+        locked(&self.file)
     }
 
     /// Its status now.
@@ -361,6 +377,13 @@ impl Store {
         locked(&self.names).remove(name);
     }
 
+    /// Holds a name that an object of an earlier run has; whoever holds it already keeps it.
+    pub fn adopt(&self, name: &str, id: &str) {
+        locked(&self.names)
+            .entry(name.to_owned())
+            .or_insert_with(|| id.to_owned());
+    }
+
     /// Adds a pod.
     pub fn add_pod(&self, pod: Arc<Pod>) {
         write(&self.pods).insert(pod.id.clone(), pod);
@@ -396,7 +419,7 @@ impl Store {
     pub fn pods(&self) -> Vec<Arc<Pod>> {
         read(&self.pods)
             .values()
-            .filter(|p| locked(&p.state).visible)
+            .filter(|p| p.state.borrow().visible)
             .cloned()
             .collect()
     }

@@ -458,20 +458,30 @@ impl Cni {
     /// Detaches what the journal knows and `valid` does not, with a fresh deadline for each.
     /// Returns what became of each container.
     pub async fn recover(&self, valid: &HashSet<String>) -> Vec<(String, Result<(), Error>)> {
-        let journal = self.journal.clone();
         let mut outcomes = Vec::new();
-        for id in block(move || journal.ids()).await {
-            if valid.contains(&id) {
-                continue;
-            }
-            let planned = self.journal.planned(&id);
-            let netns = planned.first().map(|entry| PathBuf::from(&entry.netns));
-            let result = self
-                .teardown(&id, netns.as_deref(), &Options::default())
-                .await;
+        for id in self.journaled_except(valid).await {
+            let result = self.detach_leftover(&id).await;
             outcomes.push((id, result));
         }
         outcomes
+    }
+
+    /// Containers in the journal that are not in `valid`.
+    pub async fn journaled_except(&self, valid: &HashSet<String>) -> Vec<String> {
+        let journal = self.journal.clone();
+        let ids = block(move || journal.ids()).await;
+        ids.into_iter().filter(|id| !valid.contains(id)).collect()
+    }
+
+    /// Detaches a container that only the journal knows.
+    ///
+    /// # Errors
+    /// As [`Cni::teardown`].
+    pub async fn detach_leftover(&self, id: &str) -> Result<(), Error> {
+        let planned = self.journal.planned(id);
+        let netns = planned.first().map(|entry| PathBuf::from(&entry.netns));
+        self.teardown(id, netns.as_deref(), &Options::default())
+            .await
     }
 
     /// Detaches leftovers as [`Cni::recover`] does, then tells plugins that can collect garbage

@@ -124,7 +124,7 @@ impl ImageService for ImageEdge {
         let plugin = Arc::clone(self.0.plugin()?);
         let snapshotter = plugin.snapshotter_of(&handler);
         // A kubelet that hangs up must not leave half a pull to be repeated from the start.
-        owned(&Arc::clone(&plugin), async move {
+        owned(&Arc::clone(&plugin), None, async move {
             let image_ref = plugin
                 .images
                 .pull(&name, request.auth.as_ref(), &snapshotter)
@@ -140,7 +140,7 @@ impl ImageService for ImageEdge {
     ) -> Result<Response<api::RemoveImageResponse>, Status> {
         let name = Self::spec_name(request.into_inner().image)?;
         let plugin = Arc::clone(self.0.plugin()?);
-        owned(&Arc::clone(&plugin), async move {
+        owned(&Arc::clone(&plugin), None, async move {
             plugin.images.remove(&name).await?;
             plugin.collect().await;
             Ok(api::RemoveImageResponse {})

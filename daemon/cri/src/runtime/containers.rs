@@ -1,10 +1,10 @@
 //! Making and starting containers.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use lighter_engine::runtime::{CreateTask, Stdio};
+use lighter_engine::runtime::{CreateTask, Handle, Stdio};
 use lighter_proto::runtime::v1::{
     ContainerConfig, ContainerEventType, ContainerState, ContainerUser, LinuxContainerUser,
     NamespaceMode, Signal,
@@ -12,6 +12,7 @@ use lighter_proto::runtime::v1::{
 use lighter_snapshotter::mount::{Access, TempMount};
 use lighter_store::Labels;
 use nix::sys::signal::Signal as Native;
+use nix::sys::stat::Mode;
 
 use super::records::{CONTAINER, New};
 use super::{new_id, task_runtime};
@@ -22,11 +23,13 @@ use crate::spec::user::{self, User};
 use crate::spec::{self, container};
 use crate::store::{Container, ContainerStatus, NewContainer, Pod};
 
+/// Where the output of a container without a log goes.
+const NO_LOG: &str = "/dev/null";
 /// Exit code of a container that could not be started.
 const START_FAILED: i32 = 128;
 
 /// The number of `SIGTERM`, `TERM` or `15`.
-fn signal_number(text: &str) -> Option<u32> {
+pub(super) fn signal_number(text: &str) -> Option<u32> {
     let text = text.trim().to_ascii_uppercase();
     if let Ok(number) = text.parse::<u32>() {
         return (1..=64).contains(&number).then_some(number);
@@ -111,9 +114,14 @@ impl Plugin {
             .await;
         match made {
             Ok(container) => {
-                self.save_status(&container).await;
-                self.store.add_container(container);
+                self.store.add_container(Arc::clone(&container));
                 reservation.keep();
+                if self.store.find_pod(&pod.id)?.is_none() {
+                    // The pod was removed meanwhile, and with it what it had then.
+                    self.remove_container(&container).await?;
+                    let message = format!("sandbox {:?} was removed meanwhile", pod.id);
+                    return Err(Error::not_found(message));
+                }
                 self.announce(&id, &pod.id, ContainerEventType::ContainerCreatedEvent);
                 Ok(id)
             }
@@ -122,6 +130,7 @@ impl Plugin {
                     self.delete_record(&id).await,
                     self.delete_snapshot(&snapshotter, &id).await,
                     super::files::remove_dir(&self.container_root(&id)).await,
+                    super::files::remove_dir(&self.container_state(&id)).await,
                 ] {
                     if let Err(failure) = undone {
                         tracing::warn!(container = %id, error = %failure, "container not undone");
@@ -188,7 +197,7 @@ impl Plugin {
             },
             ContainerStatus::created(resources),
         ));
-        self.record(New {
+        let record = self.record(New {
             id,
             kind: "container",
             labels: &made.config.labels,
@@ -198,9 +207,11 @@ impl Plugin {
             snapshotter: snapshotter.to_owned(),
             extension: CONTAINER,
             metadata: self.container_metadata(&made)?,
+            making: false,
             pod_id: &pod.id,
-        })
-        .await?;
+        });
+        let created_at = record.await?.created_at;
+        made.update(|s| s.created_at = created_at);
         Ok(made)
     }
 
@@ -254,7 +265,10 @@ impl Plugin {
         self: &Arc<Self>,
         container: &Arc<Container>,
     ) -> Result<()> {
-        let _busy = container.busy.lock().await;
+        let turn = container
+            .busy
+            .take("StartContainer", &container.name)
+            .await?;
         let mut refused = None;
         container.update(|s| {
             if s.state != ContainerState::ContainerCreated {
@@ -272,11 +286,14 @@ impl Plugin {
             );
             return Err(Error::unknown(message));
         }
+        turn.at("create and start the task");
         match self.launch(container).await {
-            Ok(()) => {
+            Ok(handle) => {
                 self.save_status(container).await;
                 let kind = ContainerEventType::ContainerStartedEvent;
                 self.announce(&container.id, &container.pod_id, kind);
+                // Not before: its end comes after its start, however short its life.
+                self.watch_container(Arc::clone(container), handle);
                 Ok(())
             }
             Err(error) => {
@@ -297,7 +314,7 @@ impl Plugin {
         }
     }
 
-    async fn launch(self: &Arc<Self>, container: &Arc<Container>) -> Result<()> {
+    async fn launch(&self, container: &Container) -> Result<Handle> {
         let pod = self.store.pod(&container.pod_id)?;
         if !pod.is_ready() {
             return Err(Error::unknown(format!(
@@ -325,18 +342,13 @@ impl Plugin {
             s.pid = pid;
             s.started_at = Some(SystemTime::now());
         });
-        self.watch_container(Arc::clone(container), handle);
-        Ok(())
+        Ok(handle)
     }
 
-    /// The log that the shim writes.
+    /// The log that the shim writes, and the fifo that attached clients write to. Without a log the
+    /// output goes nowhere, but can be attached to.
     async fn stdio(&self, container: &Container) -> Result<Stdio> {
-        let Some(path) = &container.log_path else {
-            return Ok(Stdio {
-                terminal: container.config.tty,
-                ..Stdio::default()
-            });
-        };
+        let path = container.log_path.as_deref().unwrap_or(Path::new(NO_LOG));
         if let Some(dir) = path.parent() {
             tokio::fs::create_dir_all(dir)
                 .await
@@ -345,12 +357,37 @@ impl Plugin {
         let most = self.config.runtime.max_container_log_line_size;
         let uri = format!("cri-log://{}?max={most}", escape(path));
         let tty = container.config.tty;
+        let stdin = if container.config.stdin {
+            let fifo = self.stdin_fifo(&container.id);
+            make_fifo(&fifo).await?;
+            fifo.display().to_string()
+        } else {
+            String::new()
+        };
         Ok(Stdio {
-            stdin: String::new(),
+            stdin,
             stderr: if tty { String::new() } else { uri.clone() },
             stdout: uri,
             terminal: tty,
         })
+    }
+
+    /// Where attached clients write to a container's input.
+    pub(super) fn stdin_fifo(&self, id: &str) -> PathBuf {
+        self.container_state(id).join("stdin")
+    }
+}
+
+async fn make_fifo(path: &Path) -> Result<()> {
+    if let Some(dir) = path.parent() {
+        tokio::fs::create_dir_all(dir)
+            .await
+            .map_err(io("create", dir))?;
+    }
+    match nix::unistd::mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR) {
+        // Of a start that failed.
+        Ok(()) | Err(nix::errno::Errno::EEXIST) => Ok(()),
+        Err(error) => Err(io("make fifo", path)(error.into())),
     }
 }
 

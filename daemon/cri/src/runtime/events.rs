@@ -1,6 +1,7 @@
 //! What happens to pods and containers by itself: exits, out of memory; and who is told of it.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use lighter_engine::runtime::Handle;
 use lighter_proto::containerd::events::TaskOom;
@@ -11,28 +12,70 @@ use lighter_proto::time;
 use lighter_store::filter::Filter;
 use prost::Message as _;
 
+use super::backlog::{Event, Seen};
+use crate::error::Error;
 use crate::plugin::Plugin;
 use crate::store::{Container, Pod};
 
 /// Exit code of a process whose end nobody saw.
-const UNKNOWN_EXIT: u32 = 255;
+pub(super) const UNKNOWN_EXIT: u32 = 255;
+/// Exit code of a process that SIGKILL ended, as the kernel's memory killer does.
+const KILLED: u32 = 137;
+/// Longest that one try at removing an ended task may take.
+const DELETE_LIMIT: Duration = Duration::from_secs(10);
+/// First and longest pause between two tries.
+const DELETE_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
 impl Plugin {
     /// Tells subscribers.
     pub(super) fn announce(&self, id: &str, pod_id: &str, kind: ContainerEventType) {
-        if self.events.receiver_count() == 0 {
-            return;
-        }
+        self.announce_seen(id, pod_id, kind, self.look(pod_id));
+    }
+
+    /// A pod and its containers now, where somebody listens.
+    pub(super) fn look(&self, pod_id: &str) -> Option<Box<Seen>> {
+        self.events.heard().then(|| Box::new(self.seen(pod_id)))
+    }
+
+    /// Tells subscribers what was seen of a pod that is gone since.
+    pub(super) fn announce_seen(
+        &self,
+        id: &str,
+        pod_id: &str,
+        kind: ContainerEventType,
+        seen: Option<Box<Seen>>,
+    ) {
+        self.events.publish(Event {
+            id: id.to_owned(),
+            pod_id: pod_id.to_owned(),
+            kind,
+            at: SystemTime::now(),
+            seen,
+        });
+    }
+
+    fn seen(&self, pod_id: &str) -> Seen {
         let pod = self.store.find_pod(pod_id).ok().flatten();
         let containers = self.store.containers_of(pod_id);
-        // Nobody may be listening any more; that is fine.
-        let _ = self.events.send(ContainerEventResponse {
-            container_id: id.to_owned(),
-            container_event_type: kind.into(),
-            created_at: time::to_nanos(std::time::SystemTime::now()),
-            pod_sandbox_status: pod.map(|p| self.pod_status_of(&p)),
-            containers_statuses: containers.iter().map(|c| self.status_of(c)).collect(),
-        });
+        Seen {
+            pod: pod.map(|p| self.pod_status_of(&p)),
+            containers: containers.iter().map(|c| self.status_of(c)).collect(),
+        }
+    }
+
+    /// An event as it is sent.
+    pub(super) fn told(&self, event: Event) -> ContainerEventResponse {
+        let seen = match event.seen {
+            Some(seen) => *seen,
+            None => self.seen(&event.pod_id),
+        };
+        ContainerEventResponse {
+            container_id: event.id,
+            container_event_type: event.kind.into(),
+            created_at: time::to_nanos(event.at),
+            pod_sandbox_status: seen.pod,
+            containers_statuses: seen.containers,
+        }
     }
 
     /// Waits for the end of a pod's first process.
@@ -43,15 +86,24 @@ impl Plugin {
                 return;
             };
             if let Err(error) = ended {
-                tracing::debug!(pod = %pod.id, %error, "pod is gone");
+                tracing::debug!(sandbox_id = %pod.id, %error, "pod is gone");
             }
-            pod.update(|s| {
-                s.state = PodSandboxState::SandboxNotready;
-                s.pid = 0;
-            });
-            this.announce(&pod.id, &pod.id, ContainerEventType::ContainerStoppedEvent);
-            this.delete_task(&handle).await;
+            this.pod_ended(&pod);
+            stop.run_until_cancelled(this.delete_task(&handle)).await;
         });
+    }
+
+    /// A pod's first process is gone; told once.
+    pub(super) fn pod_ended(&self, pod: &Pod) {
+        let mut was_ready = false;
+        pod.update(|s| {
+            was_ready = s.state == PodSandboxState::SandboxReady;
+            s.state = PodSandboxState::SandboxNotready;
+            s.pid = 0;
+        });
+        if was_ready {
+            self.announce(&pod.id, &pod.id, ContainerEventType::ContainerStoppedEvent);
+        }
     }
 
     /// Waits for the end of a container.
@@ -63,33 +115,70 @@ impl Plugin {
             };
             let (code, at) = match ended {
                 Ok(exit) => (exit.status, exit.at),
-                Err(_) => (UNKNOWN_EXIT, std::time::SystemTime::now()),
+                Err(_) => (UNKNOWN_EXIT, SystemTime::now()),
             };
-            this.delete_task(&handle).await;
-            container.update(|s| {
-                s.state = ContainerState::ContainerExited;
-                s.pid = 0;
-                s.exit_code = i32::try_from(code).unwrap_or(i32::MAX);
-                s.finished_at = Some(at);
-                s.reason = match code {
-                    _ if s.oom_killed => "OOMKilled",
-                    0 => "Completed",
-                    UNKNOWN_EXIT => "Unknown",
-                    _ => "Error",
-                }
-                .to_owned();
-            });
-            this.save_status(&container).await;
-            let kind = ContainerEventType::ContainerStoppedEvent;
-            this.announce(&container.id, &container.pod_id, kind);
+            // Its cgroup goes with the task: it is asked before.
+            if code == KILLED && !container.status().oom_killed && this.ran_out(&container.id).await
+            {
+                container.update(|s| s.oom_killed = true);
+            }
+            this.container_ended(&container, code, at).await;
+            stop.run_until_cancelled(this.delete_task(&handle)).await;
         });
     }
 
+    /// Whether the kernel killed something in the container for want of memory.
+    async fn ran_out(&self, id: &str) -> bool {
+        let sample = self.ask_shim(id).await.ok();
+        let memory = sample.and_then(|s| s.memory);
+        memory.is_some_and(|m| m.oom_kills > 0)
+    }
+
+    /// A container ended: its status first, then whoever wants to know.
+    pub(super) async fn container_ended(
+        &self,
+        container: &Arc<Container>,
+        code: u32,
+        at: SystemTime,
+    ) {
+        let mut first = false;
+        container.update(|s| {
+            first = s.state != ContainerState::ContainerExited;
+            if !first {
+                return;
+            }
+            s.state = ContainerState::ContainerExited;
+            s.pid = 0;
+            s.exit_code = i32::try_from(code).unwrap_or(i32::MAX);
+            s.finished_at = Some(at);
+            s.reason = match code {
+                _ if s.oom_killed => "OOMKilled",
+                0 => "Completed",
+                UNKNOWN_EXIT => "Unknown",
+                _ => "Error",
+            }
+            .to_owned();
+        });
+        if first {
+            self.save_status(container).await;
+            let kind = ContainerEventType::ContainerStoppedEvent;
+            self.announce(&container.id, &container.pod_id, kind);
+        }
+    }
+
+    /// Removes an ended task, again and again until it is gone.
     async fn delete_task(&self, handle: &Handle) {
-        if let Err(error) = handle.delete().await.map_err(crate::error::Error::from)
-            && !error.is_not_found()
-        {
-            tracing::warn!(id = handle.id(), %error, "task not deleted");
+        let (mut pause, longest) = DELETE_PAUSE;
+        loop {
+            let tried = tokio::time::timeout(DELETE_LIMIT, handle.delete()).await;
+            match tried.map(|done| done.map_err(Error::from)) {
+                Ok(Ok(_)) => return,
+                Ok(Err(error)) if error.is_not_found() => return,
+                Ok(Err(error)) => tracing::warn!(id = handle.id(), %error, "task not deleted"),
+                Err(_) => tracing::warn!(id = handle.id(), "deleting a task takes long"),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(longest);
         }
     }
 
@@ -115,6 +204,7 @@ impl Plugin {
                             s.reason = "OOMKilled".to_owned();
                         }
                     });
+                    self.save_status(&container).await;
                 }
             }
         }

@@ -15,16 +15,19 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::unix::pipe;
 
 use super::new_id;
+use crate::config;
 use crate::error::{Error, Result, io};
 use crate::netns;
-use crate::plugin::Plugin;
+use crate::plugin::{Plugin, time_left};
 use crate::store::Container;
-use crate::streaming::{BackendError, BoxDuplex, ExecIo, ExitStatus};
+use crate::streaming::{BackendError, BoxDuplex, ExecIo, ExitStatus, TerminalSize};
 
 /// Bytes kept of each output: both together stay below the largest message.
 const OUTPUT_LIMIT: usize = 7 << 20;
 /// How long output may come after the process ended, where the configuration sets no bound.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// Longest that a shim may take to see to a log.
+const SHIM_LIMIT: Duration = Duration::from_secs(10);
 /// Type of an exec's spec.
 const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 /// The signal that nothing withstands.
@@ -122,15 +125,12 @@ impl Plugin {
     }
 
     fn drain_limit(&self) -> Duration {
-        let text = self.config.runtime.drain_exec_sync_io_timeout.trim();
-        let seconds = text
-            .strip_suffix('s')
-            .and_then(|s| s.parse::<u64>().ok())
-            .unwrap_or(0);
-        if seconds == 0 {
-            DRAIN_LIMIT
-        } else {
-            Duration::from_secs(seconds)
+        let text = &self.config.runtime.drain_exec_sync_io_timeout;
+        let limit = config::duration("drain_exec_sync_io_timeout", text);
+        // For ever is no choice: a grandchild that holds the output would hold the call.
+        match limit {
+            Ok(Some(limit)) if !limit.is_zero() => limit,
+            _ => DRAIN_LIMIT,
         }
     }
 
@@ -142,6 +142,11 @@ impl Plugin {
         limit: Duration,
     ) -> Result<ExecSyncResponse> {
         let handle = self.running(container).await?;
+        // Nobody waits for longer than that, and nobody would end the process.
+        let limit = match time_left() {
+            Some(left) if limit.is_zero() => left,
+            _ => limit,
+        };
         let fifos = Fifos::new(&self.state)?;
         let (out, err) = (fifos.make("stdout")?, fifos.make("stderr")?);
         let (out_end, err_end) = (Fifos::reader(&out)?, Fifos::reader(&err)?);
@@ -185,7 +190,9 @@ impl Plugin {
             let _ = handle.kill(&exec_id, SIGKILL, false).await;
             let _ = tokio::time::timeout(DRAIN_LIMIT, handle.wait(&exec_id)).await;
             forget(&handle, &exec_id).await;
-            let message = format!("timeout {limit:?} exceeded");
+            let message = format!(
+                "failed to exec in container: timeout {limit:?} exceeded: context deadline exceeded"
+            );
             return Err(Error::new(ErrorKind::DeadlineExceeded, message));
         };
         if !drained
@@ -254,20 +261,6 @@ impl Plugin {
             forget(&handle, &exec_id).await;
             return Err(error.into());
         }
-        let mut resize = io.resize;
-        let sizes = async {
-            loop {
-                let size = *resize.borrow_and_update();
-                if let Some(size) = size {
-                    let (width, height) = (size.width.into(), size.height.into());
-                    // A process that ended has no terminal.
-                    let _ = handle.resize_pty(&exec_id, width, height).await;
-                }
-                if resize.changed().await.is_err() {
-                    std::future::pending::<()>().await;
-                }
-            }
-        };
         let feed = async {
             if let Some((mut from, mut to)) = input {
                 // An end of either side is the end of the input.
@@ -279,7 +272,7 @@ impl Plugin {
         };
         let exit = tokio::select! {
             exit = handle.wait(&exec_id) => exit,
-            () = sizes => unreachable!("sizes never end"),
+            () = follow_size(&handle, &exec_id, io.resize) => unreachable!("sizes never end"),
             () = feed => unreachable!("input never ends"),
         };
         let all = async { while outputs.join_next().await.is_some() {} };
@@ -287,6 +280,26 @@ impl Plugin {
         let _ = tokio::time::timeout(DRAIN_LIMIT, all).await;
         forget(&handle, &exec_id).await;
         Ok(exit?.status)
+    }
+}
+
+/// Gives a process's terminal every size that its client's has; never ends.
+async fn follow_size(
+    handle: &Handle,
+    exec_id: &str,
+    mut sizes: tokio::sync::watch::Receiver<Option<TerminalSize>>,
+) {
+    loop {
+        let size = *sizes.borrow_and_update();
+        if let Some(size) = size {
+            // A process that ended has no terminal.
+            let _ = handle
+                .resize_pty(exec_id, size.width.into(), size.height.into())
+                .await;
+        }
+        if sizes.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 }
 
@@ -367,7 +380,7 @@ impl crate::streaming::Backend for Backend {
 }
 
 impl Plugin {
-    /// Output of a container's own process, from now to its end.
+    /// Streams of a container's own process, from now to its end. Leaving them detaches.
     async fn attach(&self, id: &str, io: ExecIo) -> Result<()> {
         use lighter_proto::lighter::shim::v1::AttachRequest;
         let container = self.store.container(id)?;
@@ -378,24 +391,52 @@ impl Plugin {
             ..AttachRequest::default()
         };
         let mut outputs = tokio::task::JoinSet::new();
-        for (name, to) in [("stdout", io.stdout), ("stderr", io.stderr)] {
+        let streams = [
+            (&mut request.stdout, "stdout", io.stdout),
+            (&mut request.stderr, "stderr", io.stderr),
+        ];
+        for (field, name, to) in streams {
             let Some(to) = to else { continue };
             let path = fifos.make(name)?;
             outputs.spawn(drain(Fifos::reader(&path)?, to));
-            let text = path.display().to_string();
-            if name == "stdout" {
-                request.stdout = text;
-            } else {
-                request.stderr = text;
-            }
+            *field = path.display().to_string();
         }
-        let limit = Some(Duration::from_secs(10));
-        handle
-            .connection()
-            .log::<_, ()>("Attach", request, limit)
-            .await?;
-        container.ended().await;
+        if !outputs.is_empty() {
+            let connection = handle.connection();
+            connection
+                .log::<_, ()>("Attach", request, Some(SHIM_LIMIT))
+                .await?;
+        }
+        let input = match io.stdin.filter(|_| container.config.stdin) {
+            Some(from) => {
+                let path = self.stdin_fifo(&container.id);
+                // Opened both ways: it opens at once, and a process that does not read holds us up
+                // instead of failing us.
+                let open = pipe::OpenOptions::new().read_write(true).open_sender(&path);
+                Some((from, open.map_err(crate::error::io("open", &path))?))
+            }
+            None => None,
+        };
+        let feed = async {
+            if let Some((mut from, mut to)) = input {
+                // An end of either side is the end of the input.
+                let _ = tokio::io::copy(&mut from, &mut to).await;
+                drop(to);
+                if container.config.stdin_once
+                    && let Err(error) = handle.close_io("").await
+                {
+                    tracing::debug!(container_id = %container.id, %error, "input not closed");
+                }
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = container.ended() => {}
+            () = follow_size(&handle, "", io.resize) => {}
+            () = feed => {}
+        }
         let all = async { while outputs.join_next().await.is_some() {} };
+        // A grandchild may hold the output for ever.
         let _ = tokio::time::timeout(DRAIN_LIMIT, all).await;
         Ok(())
     }
@@ -408,10 +449,9 @@ impl Plugin {
             id: container.id.clone(),
             ..ReopenRequest::default()
         };
-        let limit = Some(Duration::from_secs(10));
         Ok(handle
             .connection()
-            .log::<_, ()>("Reopen", request, limit)
+            .log::<_, ()>("Reopen", request, Some(SHIM_LIMIT))
             .await?)
     }
 }

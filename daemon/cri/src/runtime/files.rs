@@ -54,6 +54,11 @@ impl Plugin {
         self.root.join("sandboxes").join(id)
     }
 
+    /// Directory of a container below the state.
+    pub(super) fn container_state(&self, id: &str) -> PathBuf {
+        self.state.join("containers").join(id)
+    }
+
     /// Directory of a pod below the state.
     pub(super) fn pod_state(&self, id: &str) -> PathBuf {
         self.state.join("sandboxes").join(id)
@@ -136,10 +141,14 @@ impl Plugin {
     /// Unmounts what the pod had mounted.
     pub(super) async fn unmount_pod_files(&self, id: &str) -> Result<()> {
         let shm = self.pod_state(id).join("shm");
-        if !shm.exists() {
-            return Ok(());
-        }
-        blocking(move || mount::unmount_all(&shm)).await
+        blocking(move || {
+            if shm.exists() {
+                mount::unmount_all(&shm)
+            } else {
+                Ok(())
+            }
+        })
+        .await
     }
 
     /// Removes the pod's directories.

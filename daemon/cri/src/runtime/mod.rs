@@ -1,5 +1,6 @@
 //! Pods and containers over the engine: one file per group of calls.
 
+mod backlog;
 mod checkpoint;
 mod containers;
 mod encode;
@@ -11,12 +12,14 @@ mod metrics;
 mod network;
 mod pods;
 mod records;
+mod recover;
 mod rpc;
 mod service;
 mod stats;
 mod stop;
 mod update;
 
+pub(crate) use backlog::Backlog;
 pub use exec::Backend;
 pub use service::RuntimeEdge;
 pub(crate) use stats::History;

@@ -1,21 +1,36 @@
 //! A pod's network: its namespace and what CNI does to it.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use lighter_proto::runtime::v1::{PodSandboxConfig, Protocol};
 
-use crate::cni::{IpPreference, NetworkResult, Options, PortMapping};
+use super::files::on_host;
+use crate::cni::{Bandwidth, DnsConfig, IpPreference, NetworkResult, Options, PortMapping};
 use crate::error::{Error, Result};
 use crate::netns;
-use crate::plugin::Plugin;
+use crate::plugin::{Plugin, time_left};
 use crate::store::Pod;
 
-fn options(id: &str, config: &PodSandboxConfig) -> Options {
+/// Annotations of a pod that limit its bandwidth.
+const BANDWIDTH: (&str, &str) = (
+    "kubernetes.io/ingress-bandwidth",
+    "kubernetes.io/egress-bandwidth",
+);
+/// What is left of a caller's deadline for undoing a network that could not be set up.
+const UNDO_SHARE: Duration = Duration::from_secs(2);
+
+/// What plugins are told of a pod.
+///
+/// # Errors
+/// For a bandwidth that is none.
+fn options(id: &str, config: &PodSandboxConfig) -> Result<Options> {
     let metadata = config.metadata.clone().unwrap_or_default();
     let mut options =
         Options::default().kubernetes(&metadata.namespace, &metadata.name, id, &metadata.uid);
     let port = |number: i32| u16::try_from(number).unwrap_or(0);
-    options.capabilities.port_mappings = config
+    let capabilities = &mut options.capabilities;
+    capabilities.port_mappings = config
         .port_mappings
         .iter()
         .filter(|m| m.host_port > 0)
@@ -31,12 +46,34 @@ fn options(id: &str, config: &PodSandboxConfig) -> Options {
             host_ip: m.host_ip.clone(),
         })
         .collect();
-    options
+    let annotation = |key: &str| config.annotations.get(key).map(String::as_str);
+    capabilities.bandwidth =
+        Bandwidth::from_annotations(annotation(BANDWIDTH.0), annotation(BANDWIDTH.1))
+            .map_err(Error::unknown)?;
+    capabilities.dns = config.dns_config.as_ref().map(|dns| DnsConfig {
+        servers: dns.servers.clone(),
+        searches: dns.searches.clone(),
+        options: dns.options.clone(),
+    });
+    let pairs = config.annotations.iter();
+    let annotations: serde_json::Map<_, _> =
+        pairs.map(|(k, v)| (k.clone(), v.clone().into())).collect();
+    capabilities.pod_annotations = (!annotations.is_empty()).then_some(annotations);
+    let parent = config.linux.as_ref().map(|l| l.cgroup_parent.clone());
+    capabilities.cgroup_path = parent.filter(|p| !p.is_empty());
+    if let Some(left) = time_left() {
+        // A plugin that hangs must leave time for the answer.
+        options.timeout = options.timeout.min(left.saturating_sub(UNDO_SHARE));
+    }
+    Ok(options)
 }
 
 impl Plugin {
-    /// Makes the pod's namespace.
-    pub(super) async fn make_netns(&self) -> Result<PathBuf> {
+    /// Where the namespace of a new pod is pinned; `None` on the host's network.
+    pub(super) fn netns_path(&self, config: &PodSandboxConfig) -> Option<PathBuf> {
+        if on_host(config, |o| o.network()) {
+            return None;
+        }
         let own = self.state.join("netns");
         let under_state = self.config.runtime.netns_mounts_under_state_dir;
         let dir = if under_state {
@@ -44,7 +81,23 @@ impl Plugin {
         } else {
             Path::new(netns::DEFAULT_DIR)
         };
-        Ok(netns::create(dir, None).await?)
+        Some(netns::new_path(dir))
+    }
+
+    /// Makes the pod's namespace and attaches it to its networks.
+    pub(super) async fn make_network(&self, pod: &Pod) -> Result<()> {
+        let Some(path) = &pod.netns else {
+            return Ok(());
+        };
+        netns::create_named(path, None).await?;
+        let (ip, others, result) = self.attach_network(pod, path).await?;
+        let result = serde_json::to_value(result)?;
+        pod.update(|s| {
+            s.ip = ip;
+            s.additional_ips = others;
+            s.cni_result = Some(result);
+        });
+        Ok(())
     }
 
     /// Attaches the pod to its networks; its addresses.
@@ -60,8 +113,8 @@ impl Plugin {
             ))
         };
         let result = self
-            .cni
-            .setup(&pod.id, path, &options(&pod.id, &pod.config))
+            .cni_of(&pod.handler)
+            .setup(&pod.id, path, &options(&pod.id, &pod.config)?)
             .await
             .map_err(|e| failed(lighter_proto::errdefs::render(&e)))?;
         let preference = match self.config.runtime.cni.ip_pref.as_str() {
@@ -74,22 +127,26 @@ impl Plugin {
                 let others = others.iter().map(ToString::to_string).collect();
                 Ok((ip.to_string(), others, result))
             }
-            None => {
-                self.detach_network(pod, path).await?;
-                Err(Error::unknown(format!(
-                    "failed to find network info for sandbox {:?}",
-                    pod.id
-                )))
-            }
+            None => Err(Error::unknown(format!(
+                "failed to find network info for sandbox {:?}",
+                pod.id
+            ))),
         }
     }
 
     /// Detaches the pod; a namespace that is gone is fine.
     pub(super) async fn detach_network(&self, pod: &Pod, path: &Path) -> Result<()> {
         let open = Some(path).filter(|p| !netns::is_closed(p));
-        self.cni
-            .teardown(&pod.id, open, &options(&pod.id, &pod.config))
-            .await?;
-        Ok(netns::remove(path).await?)
+        let failed = |error: Error| {
+            error.context(format!(
+                "failed to destroy network for sandbox {:?}",
+                pod.id
+            ))
+        };
+        self.cni_of(&pod.handler)
+            .teardown(&pod.id, open, &options(&pod.id, &pod.config)?)
+            .await
+            .map_err(|e| failed(e.into()))?;
+        netns::remove(path).await.map_err(|e| failed(e.into()))
     }
 }

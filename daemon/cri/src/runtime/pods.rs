@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use lighter_engine::image::{Descriptor, Matcher};
-use lighter_engine::runtime::CreateTask;
+use lighter_engine::runtime::{CreateTask, Handle};
 use lighter_engine::transfer::{NewImage, UnpackRequest};
 use lighter_proto::errdefs::render;
 use lighter_proto::runtime::v1::{
     ContainerEventType, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
 };
-use lighter_store::Labels;
+use lighter_snapshotter::Mount;
+use lighter_store::{Labels, Scope};
 
 use super::files::on_host;
 use super::records::{New, POD};
@@ -19,6 +20,7 @@ use crate::image::{Image, MANAGED_LABEL, PINNED_LABEL, pause};
 use crate::plugin::{Plugin, UNDO_LIMIT};
 use crate::spec::sandbox;
 use crate::store::Pod;
+use crate::turn::Taken;
 
 /// Name that a pod reserves.
 fn name_of(metadata: &PodSandboxMetadata) -> String {
@@ -31,6 +33,35 @@ fn name_of(metadata: &PodSandboxMetadata) -> String {
     format!("{name}_{namespace}_{uid}_{attempt}")
 }
 
+/// Annotation of pods that run under the handler of the same name.
+const UNTRUSTED: &str = "io.kubernetes.cri.untrusted-workload";
+/// That handler.
+const UNTRUSTED_HANDLER: &str = "untrusted";
+
+/// The handler of a pod: the one asked for, unless the pod is not to be trusted.
+///
+/// # Errors
+/// For a pod that is not to be trusted and asks for what only trusted ones may have.
+fn handler_of(config: &PodSandboxConfig, asked: String) -> Result<String> {
+    if config.annotations.get(UNTRUSTED).map(String::as_str) != Some("true") {
+        return Ok(asked);
+    }
+    if !asked.is_empty() && asked != UNTRUSTED_HANDLER {
+        return Err(Error::unknown(
+            "untrusted workload with explicit runtime handler is not allowed",
+        ));
+    }
+    if on_host(config, |o| o.network())
+        || on_host(config, |o| o.pid())
+        || on_host(config, |o| o.ipc())
+    {
+        return Err(Error::unknown(
+            "untrusted workload with host access is not allowed",
+        ));
+    }
+    Ok(UNTRUSTED_HANDLER.to_owned())
+}
+
 impl Plugin {
     /// Runs a pod; its id. A failure leaves nothing, or a pod that is not ready when undoing it
     /// failed as well.
@@ -39,6 +70,7 @@ impl Plugin {
         config: PodSandboxConfig,
         handler: String,
     ) -> Result<String> {
+        let handler = handler_of(&config, handler)?;
         self.handler(&handler)?;
         let metadata = config
             .metadata
@@ -46,65 +78,42 @@ impl Plugin {
             .ok_or_else(|| Error::invalid("sandbox config must include metadata"))?;
         let (id, name) = (new_id(), name_of(&metadata));
         let reservation = self.store.reserve("sandbox", &name, &id)?;
-        self.db
-            .leases()
-            .create(&self.scope, &id, Labels::new())
-            .await?;
-        let netns = if on_host(&config, |o| o.network()) {
-            None
-        } else {
-            match self.make_netns().await {
-                Ok(path) => Some(path),
-                Err(error) => {
-                    self.delete_lease(&id).await?;
-                    return Err(error.context(format!("pod {name}")));
-                }
-            }
-        };
+        let netns = self.netns_path(&config);
         let pod = Arc::new(Pod::new(id.clone(), name, config, handler, netns));
-        let _busy = pod.busy.lock().await;
+        let turn = pod.busy.take("RunPodSandbox", &pod.name).await?;
         self.store.add_pod(Arc::clone(&pod));
-        match self.build_pod(&pod).await {
+        let error = match self.build_pod(&pod, &turn).await {
             Ok(()) => {
                 reservation.keep();
                 self.announce(&id, &id, ContainerEventType::ContainerCreatedEvent);
                 self.announce(&id, &id, ContainerEventType::ContainerStartedEvent);
-                Ok(id)
+                return Ok(id);
             }
-            Err(error) => {
-                let undone = tokio::time::timeout(UNDO_LIMIT, self.undo_pod(&pod)).await;
-                let failure = match undone {
-                    Ok(Ok(())) => None,
-                    Ok(Err(failure)) => Some(failure.to_string()),
-                    Err(_) => Some("took too long".to_owned()),
-                };
-                match failure {
-                    None => self.store.remove_pod(&id),
-                    Some(failure) => {
-                        // Kept, so that the kubelet's Stop and Remove try again.
-                        tracing::warn!(pod = %id, %failure, "pod not undone");
-                        reservation.keep();
-                        pod.update(|s| s.visible = true);
-                    }
-                }
-                Err(error)
+            Err(error) => error,
+        };
+        turn.at("undo");
+        let undone = tokio::time::timeout(UNDO_LIMIT, self.undo_pod(&pod)).await;
+        let failure = match undone {
+            Ok(Ok(())) => None,
+            Ok(Err(failure)) => Some(failure.to_string()),
+            Err(_) => Some("took too long".to_owned()),
+        };
+        match failure {
+            None => self.store.remove_pod(&id),
+            Some(failure) => {
+                // Kept, so that the kubelet's Stop and Remove try again.
+                tracing::warn!(sandbox_id = %id, %failure, "pod not undone");
+                reservation.keep();
+                pod.update(|s| s.visible = true);
             }
         }
+        Err(error)
     }
 
-    async fn build_pod(self: &Arc<Self>, pod: &Arc<Pod>) -> Result<()> {
-        if let Some(netns) = &pod.netns {
-            let (ip, others, result) = self.attach_network(pod, netns).await?;
-            let result = serde_json::to_value(result)?;
-            pod.update(|s| {
-                s.ip = ip;
-                s.additional_ips = others;
-                s.cni_result = Some(result);
-            });
-        }
+    async fn build_pod(self: &Arc<Self>, pod: &Arc<Pod>, turn: &Taken<'_>) -> Result<()> {
+        turn.at("pause image");
         let snapshotter = self.snapshotter_of(&pod.handler);
         let image = self.pause_image(&snapshotter).await?;
-        let files = self.write_pod_files(&pod.id, &pod.config).await?;
         let handler = self.handler(&pod.handler)?;
         let image_name = image.first_name();
         let spec = sandbox::spec(&sandbox::Input {
@@ -112,46 +121,55 @@ impl Plugin {
             config: &pod.config,
             image: &image.process,
             image_name: &image_name,
-            files: &files,
+            files: &self.pod_files(&pod.id, &pod.config),
             netns: pod.netns.as_deref(),
             hostname: &Self::hostname(&pod.config),
             runtime: &self.config.runtime,
             handler,
             base: crate::spec::base(),
         })?;
+        // On record before anything is made, so that a crash leaves nothing unknown.
+        turn.at("record");
+        let record = self.record(New {
+            id: &pod.id,
+            kind: "sandbox",
+            labels: &pod.config.labels,
+            image: image_name,
+            handler,
+            spec: &spec,
+            snapshotter: snapshotter.clone(),
+            extension: POD,
+            metadata: self.pod_metadata(pod)?,
+            making: true,
+            pod_id: "",
+        });
+        let leases = self.db.leases();
+        let lease = leases.create(&self.scope, &pod.id, Labels::new());
+        let (record, lease) = tokio::join!(record, lease);
+        let record = record?;
+        lease?;
+        pod.update(|s| s.created_at = record.created_at);
+        turn.at("network (CNI ADD), root and files");
         let scope = self.scope.with_lease(&pod.id);
-        let snapshots = self.db.snapshots(&snapshotter)?;
-        let rootfs = snapshots
-            .view(&scope, &pod.id, image.chain_id.as_deref(), Labels::new())
-            .await?;
-        let record = self
-            .record(New {
-                id: &pod.id,
-                kind: "sandbox",
-                labels: &pod.config.labels,
-                image: image_name,
-                handler,
-                spec: &spec,
-                snapshotter,
-                extension: POD,
-                metadata: self.pod_metadata(pod)?,
-                pod_id: "",
-            })
-            .await?;
+        let (network, rootfs, files) = tokio::join!(
+            self.make_network(pod),
+            self.pod_root_of(&scope, &snapshotter, pod, &image),
+            self.write_pod_files(&pod.id, &pod.config)
+        );
+        network?;
+        files?;
         let task = CreateTask {
-            rootfs,
+            rootfs: rootfs?,
             runtime: task_runtime(handler),
             ..CreateTask::of(&record)
         };
-        let created = self.tasks.create(&scope, task).await;
-        let handle =
-            created.map_err(|e| Error::from(e).context("failed to create containerd task"))?;
-        let started = handle.start("").await;
-        let pid = started
-            .map_err(|e| Error::from(e).context("failed to start sandbox container task"))?;
+        turn.at("start the sandbox");
+        let (kept, started) =
+            tokio::join!(self.keep_pod(pod, record), self.start_pod(&scope, task));
+        let (handle, pid) = started?;
+        kept?;
         pod.update(|s| {
             s.state = PodSandboxState::SandboxReady;
-            s.created_at = std::time::SystemTime::now();
             s.pid = pid;
             s.visible = true;
         });
@@ -159,17 +177,35 @@ impl Plugin {
         Ok(())
     }
 
-    /// Takes back whatever of the pod exists.
-    pub(super) async fn undo_pod(&self, pod: &Pod) -> Result<()> {
-        self.kill_task(&pod.id).await?;
-        self.delete_record(&pod.id).await?;
-        self.delete_snapshot(&self.snapshotter_of(&pod.handler), &pod.id)
-            .await?;
-        self.remove_pod_files(&pod.id).await?;
-        if let Some(netns) = &pod.netns {
-            self.detach_network(pod, netns).await?;
-        }
-        self.delete_lease(&pod.id).await
+    async fn start_pod(&self, scope: &Scope, task: CreateTask) -> Result<(Handle, u32)> {
+        let created = self.tasks.create(scope, task).await;
+        let handle =
+            created.map_err(|e| Error::from(e).context("failed to create containerd task"))?;
+        let started = handle.start("").await;
+        let pid = started
+            .map_err(|e| Error::from(e).context("failed to start sandbox container task"))?;
+        Ok((handle, pid))
+    }
+
+    /// Root of the pause process: our own image needs no writable layer, another's may lack what
+    /// is mounted over.
+    async fn pod_root_of(
+        &self,
+        scope: &Scope,
+        snapshotter: &str,
+        pod: &Pod,
+        image: &Image,
+    ) -> Result<Vec<Mount>> {
+        let snapshots = self.db.snapshots(snapshotter)?;
+        let parent = image.chain_id.as_deref();
+        let made = if image.names.contains(pause::NAME) {
+            snapshots.view(scope, &pod.id, parent, Labels::new()).await
+        } else {
+            snapshots
+                .prepare(scope, &pod.id, parent, Labels::new())
+                .await
+        };
+        Ok(made?)
     }
 
     /// Ends a lease; one that is gone is fine.
@@ -180,17 +216,25 @@ impl Plugin {
         }
     }
 
-    /// The pause image, made and unpacked when it is not there.
+    /// The image of a pod's first process: our own, made and unpacked when it is not there, or the
+    /// one that is configured, pulled when it is not.
     async fn pause_image(&self, snapshotter: &str) -> Result<Image> {
-        if let Some(image) = self.images.find(pause::NAME)
-            && let Some(chain) = &image.chain_id
-            && self
-                .db
-                .snapshots(snapshotter)?
-                .stat(&self.scope, chain)
-                .await
-                .is_ok()
-        {
+        let configured = self.config.images.pinned_images.get("sandbox");
+        let configured = configured.filter(|name| !name.is_empty() && *name != pause::NAME);
+        if let Some(name) = configured {
+            if self.unpacked(name, snapshotter).await.is_none() {
+                let pulled = self.images.pull(name, None, snapshotter).await;
+                pulled.map_err(|e| e.context("failed to get sandbox image"))?;
+            }
+            return self.images.find(name).ok_or_else(|| {
+                Error::not_found(format!("failed to get sandbox image {name:?}: not found"))
+            });
+        }
+        if let Some(image) = self.unpacked(pause::NAME, snapshotter).await {
+            return Ok(image);
+        }
+        let _one = self.pause_made.lock().await;
+        if let Some(image) = self.unpacked(pause::NAME, snapshotter).await {
             return Ok(image);
         }
         let failed = |e: lighter_engine::transfer::Error| Error::unknown(render(&e));
@@ -203,11 +247,16 @@ impl Plugin {
             .ok_or_else(|| Error::unknown(format!("pause image {} is not usable", pause::NAME)))
     }
 
-    async fn make_pause_image(
-        &self,
-        scope: &lighter_store::Scope,
-        snapshotter: &str,
-    ) -> Result<()> {
+    /// An image that containers can be made from with `snapshotter`.
+    async fn unpacked(&self, name: &str, snapshotter: &str) -> Option<Image> {
+        let image = self.images.find(name)?;
+        let chain = image.chain_id.as_ref()?;
+        let snapshots = self.db.snapshots(snapshotter).ok()?;
+        snapshots.stat(&self.scope, chain).await.ok()?;
+        Some(image)
+    }
+
+    async fn make_pause_image(&self, scope: &Scope, snapshotter: &str) -> Result<()> {
         let failed = |e: lighter_engine::transfer::Error| Error::unknown(render(&e));
         let blobs = pause::blobs();
         for blob in &blobs {
@@ -239,7 +288,7 @@ impl Plugin {
         Ok(())
     }
 
-    async fn put_blob(&self, scope: &lighter_store::Scope, blob: &pause::Blob) -> Result<()> {
+    async fn put_blob(&self, scope: &Scope, blob: &pause::Blob) -> Result<()> {
         let descriptor = &blob.descriptor;
         let reference = format!("cri-pause-{}", descriptor.digest);
         let content = self.db.content();

@@ -1,12 +1,11 @@
 //! Pods and containers on record: containerd's labels and extensions, and status files.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use lighter_proto::containerd::runc::v1::Options;
-use lighter_proto::runtime::v1::ContainerState;
 use lighter_proto::{any, time};
 use lighter_store::metadata::{self, Runtime};
 use lighter_store::{Identifier, Labels};
@@ -15,6 +14,7 @@ use serde_json::{Value, json};
 
 use crate::config::Handler;
 use crate::error::{Result, io};
+use crate::json::Json;
 use crate::plugin::Plugin;
 use crate::store::{Container, Pod};
 
@@ -33,6 +33,9 @@ pub(super) const CONTAINER: (&str, &str) = (
 /// Type of a spec.
 pub(super) const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 
+/// In an extension beside the metadata: the object is only being made.
+pub(super) const MAKING: &str = "Making";
+
 /// What a record is made of.
 pub(super) struct New<'a> {
     pub(super) id: &'a str,
@@ -44,11 +47,13 @@ pub(super) struct New<'a> {
     pub(super) snapshotter: String,
     pub(super) extension: (&'static str, &'static str),
     pub(super) metadata: Value,
+    /// Whether the object is only being made: after a crash it is removed.
+    pub(super) making: bool,
     pub(super) pod_id: &'a str,
 }
 
 /// Options for the shim from a handler's table.
-fn options(handler: &Handler) -> Option<Any> {
+pub(super) fn options(handler: &Handler) -> Option<Any> {
     let table = &handler.options;
     if table.is_empty() {
         return None;
@@ -87,6 +92,15 @@ fn options(handler: &Handler) -> Option<Any> {
     }))
 }
 
+/// Metadata as extensions hold it.
+fn envelope(metadata: Value, making: bool) -> Value {
+    let mut value = json!({ "Version": "v1", "Metadata": metadata });
+    if making {
+        value[MAKING] = json!(true);
+    }
+    value
+}
+
 fn nanos(at: Option<SystemTime>) -> i64 {
     at.map_or(0, time::to_nanos)
 }
@@ -100,10 +114,7 @@ impl Plugin {
             .map(|(k, v)| (k.clone(), v.clone()))
             .collect();
         labels.insert(KIND.to_owned(), new.kind.to_owned());
-        let extension = any::pack_json(
-            new.extension.1,
-            &json!({ "Version": "v1", "Metadata": new.metadata }),
-        )?;
+        let extension = any::pack_json(new.extension.1, &envelope(new.metadata, new.making))?;
         let now = SystemTime::now();
         let record = metadata::Container {
             id: Identifier::new(new.id)?,
@@ -184,33 +195,70 @@ impl Plugin {
         self.root.join("containers").join(id)
     }
 
-    /// Writes a container's status beside its record, whole or not at all.
-    pub(super) async fn save_status(&self, container: &Arc<Container>) {
-        if let Err(error) = self.write_status(container).await {
-            tracing::error!(container = %container.id, %error, "status not written");
-        }
+    /// Notes what was found out of a pod since its record was made, and that it is made.
+    pub(super) async fn keep_pod(&self, pod: &Pod, mut record: metadata::Container) -> Result<()> {
+        let value = envelope(self.pod_metadata(pod)?, false);
+        record
+            .extensions
+            .insert(POD.0.to_owned(), any::pack_json(POD.1, &value)?);
+        let mask = [format!("extensions.{}", POD.0)];
+        let containers = self.db.containers();
+        containers.update(&self.scope, record, &mask).await?;
+        Ok(())
     }
 
-    async fn write_status(&self, container: &Container) -> Result<()> {
-        let status = container.status();
-        let value = json!({
-            "Version": "v1",
-            "Pid": status.pid,
-            "CreatedAt": time::to_nanos(status.created_at),
-            "StartedAt": nanos(status.started_at),
-            "FinishedAt": nanos(status.finished_at),
-            "ExitCode": status.exit_code,
-            "Reason": status.reason,
-            "Message": status.message,
-            "Running": status.state == ContainerState::ContainerRunning,
-        });
-        let dir = self.container_root(&container.id);
-        let (path, partial) = (dir.join("status"), dir.join("status.partial"));
-        tokio::fs::write(&partial, value.to_string())
-            .await
-            .map_err(io("write", &partial))?;
-        tokio::fs::rename(&partial, &path)
-            .await
-            .map_err(io("replace", &path))
+    /// Writes a container's status beside its record, whole or not at all.
+    pub(super) async fn save_status(&self, container: &Arc<Container>) {
+        let (dir, written) = (self.container_root(&container.id), Arc::clone(container));
+        let json = self.json.clone();
+        let done = tokio::task::spawn_blocking(move || write_status(&json, &dir, &written)).await;
+        let error = match done {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        tracing::error!(container_id = %container.id, %error, "status not written");
     }
+
+    /// The status that was written last; `None` when there is none that can be read.
+    pub(super) fn read_status(&self, id: &str) -> Option<Value> {
+        let bytes = std::fs::read(self.container_root(id).join("status")).ok()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+}
+
+/// | `status` | JSON |
+/// |---|---|
+/// | `Version` | `v1` |
+/// | `Pid`, `ExitCode` | numbers |
+/// | `CreatedAt`, `StartedAt`, `FinishedAt` | nanoseconds since 1970; 0 for not yet |
+/// | `Reason`, `Message` | text |
+/// | `Resources` | as last applied, in protobuf's names |
+/// | `StopSent`, `OomKilled` | flags |
+///
+/// Not synced: it only has to outlive the daemon. After the machine went down no container runs,
+/// and one without a status is taken for lost.
+fn write_status(json: &Json, dir: &Path, container: &Container) -> Result<()> {
+    let _one = container.file();
+    if container.status().removing && !dir.exists() {
+        return Ok(());
+    }
+    let status = container.status();
+    let resources = status.resources.as_ref();
+    let value = json!({
+        "Version": "v1",
+        "Pid": status.pid,
+        "CreatedAt": time::to_nanos(status.created_at),
+        "StartedAt": nanos(status.started_at),
+        "FinishedAt": nanos(status.finished_at),
+        "ExitCode": status.exit_code,
+        "Reason": status.reason,
+        "Message": status.message,
+        "Resources": resources.map(|r| json.write(r)).transpose()?,
+        "StopSent": status.stop_sent,
+        "OomKilled": status.oom_killed,
+    });
+    let (path, partial) = (dir.join("status"), dir.join("status.partial"));
+    std::fs::write(&partial, value.to_string()).map_err(io("write", &partial))?;
+    std::fs::rename(&partial, &path).map_err(io("replace", &path))
 }

@@ -9,7 +9,7 @@ use lighter_proto::runtime::v1::runtime_service_server::RuntimeService;
 use tonic::{Request, Response, Status};
 
 use super::rpc::{checkpoint, containers, events, exec, metrics, pods, stats, status, update};
-use crate::plugin::{Gate, owned};
+use crate::plugin::{Gate, deadline, owned};
 
 /// The service over the plugin.
 #[derive(Debug, Clone)]
@@ -33,8 +33,9 @@ macro_rules! serve {
                     request: Request<api::$ask>,
                 ) -> Result<Response<api::$answer>, Status> {
                     let plugin = Arc::clone(self.0.plugin()?);
+                    let until = deadline(request.metadata());
                     let work = $group::$unary(Arc::clone(&plugin), request.into_inner());
-                    owned(&plugin, work).await
+                    owned(&plugin, until, work).await
                 }
             )*
             $(

@@ -1,22 +1,37 @@
-//! Stopping and removing pods and containers. Every step tolerates that it was done before.
+//! Stopping and removing pods and containers. Every step tolerates that it was done before, and a
+//! call that is made again goes on where the one before it stopped.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use lighter_engine::runtime::Handle;
-use lighter_proto::errdefs::ErrorKind;
+use lighter_engine::runtime::{Error as TaskError, Handle};
+use lighter_proto::errdefs::{Classify as _, ErrorKind};
 use lighter_proto::runtime::v1::{ContainerEventType, ContainerState, PodSandboxState};
 
+use super::events::UNKNOWN_EXIT;
 use super::files::remove_dir;
 use crate::error::{Error, Result};
 use crate::netns;
-use crate::plugin::Plugin;
+use crate::plugin::{Plugin, time_left};
 use crate::store::{Container, Pod};
+use crate::turn::Taken;
 
 /// The signal that nothing withstands.
 const SIGKILL: u32 = 9;
 /// How long a killed process may take to go.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
+/// How long whoever watches a process may take to note its end once its task is gone.
+const NOTE_LIMIT: Duration = Duration::from_secs(2);
+/// What is kept of a caller's time to answer it.
+const ANSWER_SHARE: Duration = Duration::from_millis(200);
+/// Tries at a signal whose shim's connection was just lost.
+const SIGNAL_TRIES: u32 = 3;
+
+/// How long a kill is waited for: no longer than the caller waits.
+fn kill_limit() -> Duration {
+    let left = time_left().unwrap_or(KILL_LIMIT);
+    KILL_LIMIT.min(left.saturating_sub(ANSWER_SHARE))
+}
 
 impl Plugin {
     /// The task of a container; `None` when there is none.
@@ -34,9 +49,23 @@ impl Plugin {
     }
 
     async fn signal(handle: &Handle, signal: u32, all: bool) -> Result<()> {
-        match handle.kill("", signal, all).await.map_err(Error::from) {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(()),
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let sent = handle.kill("", signal, all).await;
+            match sent.map_err(Error::from) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.is_not_found() => return Ok(()),
+                Err(error) if error.kind() != ErrorKind::Unavailable || tries == SIGNAL_TRIES => {
+                    let process = handle.init();
+                    if process.exit.is_some() {
+                        return Ok(());
+                    }
+                    return Err(error.context(format!("send signal {signal} to {}", handle.id())));
+                }
+                // The actor finds out whether the shim lives.
+                Err(_) => tokio::time::sleep(ANSWER_SHARE).await,
+            }
         }
     }
 
@@ -45,30 +74,53 @@ impl Plugin {
         let Some(handle) = self.task(id).await? else {
             return Ok(());
         };
-        Self::signal(&handle, SIGKILL, true).await?;
-        let ended = tokio::time::timeout(KILL_LIMIT, handle.wait("")).await;
+        if handle.init().exit.is_none() {
+            Self::signal(&handle, SIGKILL, true).await?;
+        }
+        let ended = tokio::time::timeout(kill_limit(), handle.wait("")).await;
         if ended.is_err() {
             let message = format!("an error occurs during waiting for {id:?} to be killed");
             return Err(Error::new(ErrorKind::DeadlineExceeded, message));
         }
-        match handle.delete().await.map_err(Error::from) {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(()),
+        let deleted = tokio::time::timeout(kill_limit(), handle.delete()).await;
+        match deleted.map(|done: Result<_, TaskError>| done.map_err(Error::from)) {
+            Ok(Err(error)) if !error.is_not_found() => {
+                Err(error.context(format!("delete task {id:?}")))
+            }
+            Ok(_) => Ok(()),
+            Err(_) => {
+                let message = format!("deleting the task of {id:?} takes too long");
+                Err(Error::new(ErrorKind::DeadlineExceeded, message))
+            }
         }
     }
 
     /// Stops a container: its signal once, then SIGKILL after `limit`.
     pub(super) async fn stop_container(
-        &self,
+        self: &Arc<Self>,
         container: &Arc<Container>,
         limit: Duration,
     ) -> Result<()> {
-        let status = container.status();
-        if status.state != ContainerState::ContainerRunning {
+        if container.status().starting {
+            // Whichever way the start ends.
+            drop(
+                container
+                    .busy
+                    .take("StopContainer", &container.name)
+                    .await?,
+            );
+        }
+        let runs = |state| {
+            matches!(
+                state,
+                ContainerState::ContainerRunning | ContainerState::ContainerUnknown
+            )
+        };
+        if !runs(container.status().state) {
             return Ok(());
         }
         let Some(handle) = self.task(&container.id).await? else {
-            return Ok(());
+            return self.note_lost(container).await;
         };
         if !limit.is_zero() {
             let mut first = false;
@@ -81,20 +133,35 @@ impl Plugin {
             }
         }
         Self::signal(&handle, SIGKILL, false).await?;
-        tokio::time::timeout(KILL_LIMIT, container.ended())
+        if tokio::time::timeout(kill_limit(), container.ended())
             .await
-            .map_err(|_| {
-                let message = format!(
-                    "an error occurs during waiting for container {:?} to be killed",
-                    container.id
-                );
-                Error::new(ErrorKind::DeadlineExceeded, message)
-            })
+            .is_ok()
+        {
+            return Ok(());
+        }
+        let message = format!(
+            "an error occurs during waiting for container {:?} to be killed: its process {} is still there",
+            container.id,
+            handle.init().pid
+        );
+        Err(Error::new(ErrorKind::DeadlineExceeded, message))
+    }
+
+    /// A container that runs by its status has no task: its end is noted, or was missed.
+    async fn note_lost(&self, container: &Arc<Container>) -> Result<()> {
+        let noted = tokio::time::timeout(NOTE_LIMIT, container.ended()).await;
+        if noted.is_err() {
+            self.container_ended(container, UNKNOWN_EXIT, SystemTime::now())
+                .await;
+        }
+        Ok(())
     }
 
     /// Removes a container; a running one is killed first.
-    pub(super) async fn remove_container(&self, container: &Arc<Container>) -> Result<()> {
-        self.stop_container(container, Duration::ZERO).await?;
+    pub(super) async fn remove_container(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+    ) -> Result<()> {
         let mut starting = false;
         container.update(|s| {
             starting = s.starting;
@@ -113,14 +180,34 @@ impl Plugin {
         removed
     }
 
-    async fn erase_container(&self, container: &Arc<Container>) -> Result<()> {
-        let _busy = container.busy.lock().await;
-        // One that never ran may have a task that waits for its start.
-        self.kill_task(&container.id).await?;
-        self.delete_record(&container.id).await?;
-        self.delete_snapshot(&container.snapshotter, &container.id)
+    async fn erase_container(self: &Arc<Self>, container: &Arc<Container>) -> Result<()> {
+        let turn = container
+            .busy
+            .take("RemoveContainer", &container.name)
             .await?;
-        remove_dir(&self.container_root(&container.id)).await?;
+        if self.store.find_container(&container.id)?.is_none() {
+            // Another call removed it meanwhile.
+            return Ok(());
+        }
+        turn.at("stop");
+        self.stop_container(container, Duration::ZERO).await?;
+        // One that never ran may have a task that waits for its start.
+        turn.at("delete task");
+        self.kill_task(&container.id).await?;
+        turn.at("delete record and snapshot");
+        let (record, snapshot) = tokio::join!(
+            self.delete_record(&container.id),
+            self.delete_snapshot(&container.snapshotter, &container.id)
+        );
+        record?;
+        snapshot?;
+        turn.at("remove files");
+        for dir in [
+            self.container_root(&container.id),
+            self.container_state(&container.id),
+        ] {
+            remove_dir(&dir).await?;
+        }
         self.store.remove_container(&container.id);
         self.store.release(&container.name);
         let kind = ContainerEventType::ContainerDeletedEvent;
@@ -129,44 +216,93 @@ impl Plugin {
     }
 
     /// Stops a pod and everything in it.
-    pub(super) async fn stop_pod(&self, pod: &Arc<Pod>) -> Result<()> {
-        let _busy = pod.busy.lock().await;
-        self.stop_pod_locked(pod).await
+    pub(super) async fn stop_pod(self: &Arc<Self>, pod: &Arc<Pod>) -> Result<()> {
+        let turn = pod.busy.take("StopPodSandbox", &pod.name).await?;
+        self.stop_pod_locked(pod, &turn).await
     }
 
-    async fn stop_pod_locked(&self, pod: &Arc<Pod>) -> Result<()> {
-        for container in self.store.containers_of(&pod.id) {
-            self.stop_container(&container, Duration::ZERO).await?;
+    async fn stop_pod_locked(self: &Arc<Self>, pod: &Arc<Pod>, turn: &Taken<'_>) -> Result<()> {
+        turn.at("stop containers");
+        let containers = self.store.containers_of(&pod.id);
+        let stops = containers
+            .iter()
+            .map(|c| self.stop_container(c, Duration::ZERO));
+        for stopped in futures::future::join_all(stops).await {
+            stopped?;
         }
+        turn.at("kill the sandbox");
         self.kill_task(&pod.id).await?;
+        // Whoever watches it tells of the end, after the ends of its containers.
+        if tokio::time::timeout(NOTE_LIMIT, pod.ended()).await.is_err() {
+            self.pod_ended(pod);
+        }
         pod.update(|s| {
             s.state = PodSandboxState::SandboxNotready;
             s.pid = 0;
         });
+        turn.at("unmount files");
         self.unmount_pod_files(&pod.id).await?;
         if let Some(netns) = &pod.netns {
+            turn.at("CNI DEL");
             self.detach_network(pod, netns).await?;
         }
         Ok(())
     }
 
     /// Removes a pod and its containers.
-    pub(super) async fn remove_pod(&self, pod: &Arc<Pod>) -> Result<()> {
-        let _busy = pod.busy.lock().await;
-        self.stop_pod_locked(pod).await?;
+    pub(super) async fn remove_pod(self: &Arc<Self>, pod: &Arc<Pod>) -> Result<()> {
+        let turn = pod.busy.take("RemovePodSandbox", &pod.name).await?;
+        if self.store.find_pod(&pod.id)?.is_none() {
+            // Another call removed it meanwhile.
+            return Ok(());
+        }
+        self.stop_pod_locked(pod, &turn).await?;
         if let Some(netns) = &pod.netns
             && !netns::is_closed(netns)
         {
-            let message = format!("sandbox network namespace {:?} is not fully closed", netns);
+            let message = format!(
+                "sandbox network namespace {} is not fully closed",
+                netns.display()
+            );
             return Err(Error::unknown(message));
         }
+        turn.at("remove containers");
         for container in self.store.containers_of(&pod.id) {
             self.remove_container(&container).await?;
         }
-        self.undo_pod(pod).await?;
-        self.announce(&pod.id, &pod.id, ContainerEventType::ContainerDeletedEvent);
+        turn.at("remove");
+        self.erase_pod(pod).await?;
+        let seen = self.look(&pod.id);
         self.store.remove_pod(&pod.id);
         self.store.release(&pod.name);
+        let kind = ContainerEventType::ContainerDeletedEvent;
+        self.announce_seen(&pod.id, &pod.id, kind, seen);
         Ok(())
+    }
+
+    /// Takes back whatever of a pod exists. Its record goes last: until then a call that is made
+    /// again finds it.
+    pub(super) async fn undo_pod(&self, pod: &Pod) -> Result<()> {
+        self.kill_task(&pod.id).await?;
+        if let Some(netns) = &pod.netns {
+            self.detach_network(pod, netns).await?;
+        }
+        self.erase_pod(pod).await
+    }
+
+    async fn erase_pod(&self, pod: &Pod) -> Result<()> {
+        self.remove_pod_files(&pod.id).await?;
+        // The configuration may name another one by now.
+        let snapshotter = match self.db.containers().get(&self.scope, &pod.id) {
+            Ok(record) => record.snapshotter,
+            Err(_) => self.snapshotter_of(&pod.handler),
+        };
+        let (snapshot, lease) = tokio::join!(
+            self.delete_snapshot(&snapshotter, &pod.id),
+            self.delete_lease(&pod.id)
+        );
+        snapshot?;
+        lease?;
+        self.delete_record(&pod.id).await
     }
 }

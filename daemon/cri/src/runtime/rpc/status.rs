@@ -1,12 +1,20 @@
 //! The runtime itself: version, conditions, handlers, configuration.
 
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::Arc;
 
 use lighter_proto::errdefs::render;
 use lighter_proto::runtime::v1 as api;
 
+use crate::cni::Cni;
 use crate::error::Result;
 use crate::plugin::Plugin;
+use crate::runtime::records::options as runtime_options;
+use crate::runtime::task_runtime;
+
+/// Runtime type whose options say which cgroup driver is meant.
+const RUNC: &str = "io.containerd.runc.v2";
 
 pub(in crate::runtime) async fn version(
     this: Arc<Plugin>,
@@ -26,25 +34,31 @@ pub(in crate::runtime) async fn update_runtime_config(
 ) -> Result<api::UpdateRuntimeConfigResponse> {
     let network = request.runtime_config.and_then(|c| c.network_config);
     if let Some(cidr) = network.map(|n| n.pod_cidr).filter(|c| !c.is_empty()) {
-        this.cni.write_from_template(&cidr).await?;
+        this.cni.write_from_template(cidr.trim()).await?;
     }
     Ok(api::UpdateRuntimeConfigResponse {})
 }
 
+fn condition(name: &str, problem: Option<(&str, String)>) -> api::RuntimeCondition {
+    let (reason, message) = problem.unwrap_or_default();
+    api::RuntimeCondition {
+        r#type: name.to_owned(),
+        status: reason.is_empty(),
+        reason: reason.to_owned(),
+        message,
+    }
+}
+
 pub(in crate::runtime) async fn status(
     this: Arc<Plugin>,
-    _: api::StatusRequest,
+    request: api::StatusRequest,
 ) -> Result<api::StatusResponse> {
-    let network = this.cni.status().await;
-    let condition = |name: &str, problem: Option<(&str, String)>| {
-        let (reason, message) = problem.unwrap_or_default();
-        api::RuntimeCondition {
-            r#type: name.to_owned(),
-            status: reason.is_empty(),
-            reason: reason.to_owned(),
-            message,
+    let mut network = this.cni.status().await;
+    for own in this.own_cni.values() {
+        if network.is_ok() {
+            network = own.status().await;
         }
-    };
+    }
     let network = network.err().map(|e| {
         let message = format!("Network plugin returns error: {}", render(&e));
         ("NetworkPluginNotReady", message)
@@ -54,38 +68,131 @@ pub(in crate::runtime) async fn status(
         condition("NetworkReady", network),
         condition("ContainerdHasNoDeprecationWarnings", None),
     ];
-    let names = this.config.runtime.containerd.runtimes.keys().cloned();
-    let handler = |name: String| api::RuntimeHandler {
-        name,
-        features: Some(api::RuntimeHandlerFeatures {
-            recursive_read_only_mounts: true,
-            user_namespaces: false,
-        }),
+    let default = &this.config.runtime.containerd.default_runtime_name;
+    let names = this.config.runtime.containerd.runtimes.keys();
+    let handler = |(name, features): (&str, &api::RuntimeHandlerFeatures)| api::RuntimeHandler {
+        name: name.to_owned(),
+        features: Some(*features),
     };
+    let features = this.features.get_or_init(|| this.find_features()).await;
+    let of = |name: &str| features.get(name).copied().unwrap_or_default();
+    let runtime_handlers = std::iter::once(("", of(default)))
+        .chain(names.map(|name| (name.as_str(), of(name))))
+        .map(|(name, features)| handler((name, &features)))
+        .collect();
     Ok(api::StatusResponse {
         status: Some(api::RuntimeStatus { conditions }),
-        runtime_handlers: std::iter::once(String::new())
-            .chain(names)
-            .map(handler)
-            .collect(),
+        runtime_handlers,
         features: Some(api::RuntimeFeatures {
             supplemental_groups_policy: true,
+            user_namespaces_host_network: true,
             ..Default::default()
         }),
-        ..Default::default()
+        info: if request.verbose {
+            this.status_info()?
+        } else {
+            HashMap::new()
+        },
     })
+}
+
+impl Plugin {
+    /// What each handler's runtime offers, by what its shim says of itself.
+    async fn find_features(&self) -> BTreeMap<String, api::RuntimeHandlerFeatures> {
+        let mut found = BTreeMap::new();
+        for (name, handler) in &self.config.runtime.containerd.runtimes {
+            let options = runtime_options(handler);
+            let runtime = task_runtime(handler);
+            let features = match self.tasks.info(&runtime, options.as_ref()).await {
+                Ok(info) => features_of(info.features.as_ref()),
+                Err(error) => {
+                    tracing::warn!(handler = %name, error = %render(&error), "runtime does not say what it can");
+                    api::RuntimeHandlerFeatures::default()
+                }
+            };
+            found.insert(name.clone(), features);
+        }
+        found
+    }
+
+    fn status_info(&self) -> Result<HashMap<String, String>> {
+        let loaded = |cni: &Cni| match cni.load_status() {
+            Some(error) => render(&*error),
+            None => "OK".to_owned(),
+        };
+        let runtime = &self.config.runtime;
+        let config = serde_json::json!({
+            "containerd": runtime.containerd,
+            "cni": runtime.cni,
+            "runtime": runtime,
+            "images": self.config.images,
+            "server": self.config.server,
+            "stateDir": self.state,
+            "rootDir": self.root,
+        });
+        let networks = match self.cni.networks() {
+            Ok(networks) => networks
+                .iter()
+                .map(|n| serde_json::json!({ "Name": n.name, "Source": String::from_utf8_lossy(&n.raw) }))
+                .collect(),
+            Err(_) => Vec::new(),
+        };
+        let cni = serde_json::json!({
+            "PluginDirs": self.cni.config().bin_dirs,
+            "PluginConfDir": self.cni.config().conf_dir,
+            "PluginMaxConfNum": self.cni.config().max_conf_num,
+            "Prefix": "eth",
+            "Networks": networks,
+        });
+        let mut info = HashMap::from([
+            ("config".to_owned(), config.to_string()),
+            ("golang".to_owned(), serde_json::json!("").to_string()),
+            ("lastCNILoadStatus".to_owned(), loaded(&self.cni)),
+            ("lastCNILoadStatus.default".to_owned(), loaded(&self.cni)),
+            ("cniconfig".to_owned(), cni.to_string()),
+        ]);
+        for (name, own) in &self.own_cni {
+            info.insert(format!("lastCNILoadStatus.{name}"), loaded(own));
+        }
+        Ok(info)
+    }
+}
+
+/// What CRI asks of the features document of an OCI runtime. Spec: OCI runtime-spec, features.md.
+fn features_of(features: Option<&prost_types::Any>) -> api::RuntimeHandlerFeatures {
+    let parsed: Option<serde_json::Value> =
+        features.and_then(|any| serde_json::from_slice(&any.value).ok());
+    let Some(features) = parsed else {
+        return api::RuntimeHandlerFeatures::default();
+    };
+    let lists = |list: &serde_json::Value, word: &str| {
+        let words = list.as_array().into_iter().flatten();
+        words.filter_map(|w| w.as_str()).any(|w| w == word)
+    };
+    let idmap = &features["linux"]["mountExtensions"]["idmap"]["enabled"];
+    api::RuntimeHandlerFeatures {
+        recursive_read_only_mounts: lists(&features["mountOptions"], "rro"),
+        user_namespaces: lists(&features["linux"]["namespaces"], "user")
+            && idmap.as_bool() == Some(true),
+    }
 }
 
 pub(in crate::runtime) async fn runtime_config(
     this: Arc<Plugin>,
     _: api::RuntimeConfigRequest,
 ) -> Result<api::RuntimeConfigResponse> {
-    let handler = this.handler("")?;
-    let systemd = handler
-        .options
-        .get("SystemdCgroup")
-        .and_then(toml::Value::as_bool);
-    let driver = if systemd == Some(true) {
+    let runtimes = &this.config.runtime.containerd;
+    let default = runtimes.runtimes.get(&runtimes.default_runtime_name);
+    let all = default.into_iter().chain(runtimes.runtimes.values());
+    let mut ours = all.filter(|h| h.runtime_type == RUNC && h.runtime_path.is_empty());
+    let systemd = match ours.next() {
+        Some(handler) => {
+            let option = handler.options.get("SystemdCgroup");
+            option.and_then(toml::Value::as_bool) == Some(true)
+        }
+        None => Path::new("/run/systemd/system").is_dir(),
+    };
+    let driver = if systemd {
         api::CgroupDriver::Systemd
     } else {
         api::CgroupDriver::Cgroupfs

@@ -65,7 +65,7 @@ impl Plugin {
         Source::Shim
     }
 
-    async fn ask_shim(&self, id: &str) -> Result<Sample> {
+    pub(super) async fn ask_shim(&self, id: &str) -> Result<Sample> {
         let handle = self.tasks.get(&self.scope.namespace, id).await?;
         Sample::decode(&handle.stats(SHIM_LIMIT).await?)
     }
