@@ -20,9 +20,11 @@ use tracing::{info, warn};
 
 use crate::config::{Config, Socket};
 use crate::cri;
-use crate::plugin::builtins;
+use crate::plugin::builtins::{self, kind};
 use crate::routes::{Engines, routes, with_cri};
-use crate::server::{debug, grpc, http, listen, metrics::Metrics, observe::InFlight, ttrpc};
+use crate::server::{
+    debug, grpc, http, listen, metrics::Metrics, observe::InFlight, task_metrics, ttrpc,
+};
 use crate::services::introspection;
 use crate::stores::{self, Stores};
 use crate::{differs, shutdown, sys, telemetry, transfers};
@@ -39,9 +41,7 @@ const REQUESTS_LIMIT: Duration = Duration::from_secs(1);
 /// How long tasks may take to be made or removed then.
 const WORK_LIMIT: Duration = Duration::from_secs(10);
 
-/// The plugin that starts containers again.
-const RESTART_MONITOR: &str = "io.containerd.monitor.container.v1.restart";
-/// How often it looks when nothing is configured.
+/// How often the restart monitor looks when nothing is configured.
 const RESTART_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Runs the daemon until a signal ends it. Containers go on.
@@ -202,15 +202,16 @@ impl App {
         };
         let mut graph = builtins::graph(&config, plugins, differs.plugins);
         cri.entries.iter().cloned().for_each(|e| graph.add(e));
+        graph.settle(&config.disabled)?;
         let missing = graph.missing(&config.required);
         anyhow::ensure!(
             missing.is_empty(),
-            "required plugins are missing: {}",
+            "required_plugins: {} failed or are turned off; `ctr plugins ls` without them says why",
             missing.join(", ")
         );
         let uuid = introspection::uuid(&config.root).context("read the installation's uuid")?;
         let introspection = introspection::IntrospectionService::new(
-            graph,
+            graph.clone(),
             uuid,
             &config.warnings,
             Arc::new(Runtimes(tasks.clone())),
@@ -228,14 +229,18 @@ impl App {
             tracker: tracker.clone(),
             introspection,
         };
-        let plain = routes(engines, config.limits).await;
-        let routes = match cri.gate() {
+        let plain = routes(engines, config.limits, &graph).await;
+        let gate = cri.gate().filter(|_| graph.works(kind::GRPC, "cri"));
+        let routes = match gate {
             Some(gate) => with_cri(plain.clone(), gate, config.limits),
             None => plain.clone(),
         };
 
         // Listeners: all bound before any is served.
-        let report = Arc::new(debug::Report::new(Arc::clone(&in_flight), sections(&tasks)));
+        let report = Arc::new(debug::Report::new(
+            Arc::clone(&in_flight),
+            sections(&tasks, &db, &collector),
+        ));
         let unix = listen::unix(&config.grpc).await?;
         let events = listen::unix(&config.ttrpc).await?;
         tasks.recover();
@@ -258,21 +263,24 @@ impl App {
                 ),
             ));
         }
+        let measured =
+            graph.works(kind::MONITOR, "cgroups") && !config.plugins.cgroups.no_prometheus;
+        let pages = metrics_pages(metrics.clone(), measured.then(|| tasks.clone()));
         if let Some(address) = &config.metrics {
             let listener = listen::tcp(address).await?;
-            tracker.spawn(http::serve_tcp(
-                listener,
-                metrics_pages(metrics.clone()),
-                stop.clone(),
-            ));
+            tracker.spawn(http::serve_tcp(listener, Arc::clone(&pages), stop.clone()));
         }
         if let Some(socket) = debug_socket(&config) {
             let listener = listen::unix(&socket).await?;
-            let pages = debug_pages(Arc::clone(&report), metrics.clone());
+            let pages = debug_pages(Arc::clone(&report), pages);
             tracker.spawn(http::serve_unix(listener, pages, stop.clone()));
         }
-        tracker.spawn(collector.run(stop.clone()));
-        if !config.disabled(RESTART_MONITOR) {
+        if graph.works(kind::GC, "scheduler") {
+            tracker.spawn(collector.clone().run(stop.clone()));
+        } else {
+            warn!("nothing is collected: the scheduler is turned off by disabled_plugins");
+        }
+        if graph.works(kind::RESTART, "restart") {
             let monitor = Monitor::new(db.clone(), tasks.clone(), restart_interval(&config)?);
             tracker.spawn(monitor.run(stop.clone()));
         }
@@ -390,9 +398,39 @@ fn runtime_config(config: &Config, db: Db, mounts: Mounts) -> anyhow::Result<run
 }
 
 /// What the engines add to the report of everything that is going on.
-fn sections(tasks: &Manager) -> Vec<debug::Section> {
+fn sections(tasks: &Manager, db: &Db, collector: &Collector) -> Vec<debug::Section> {
     let (counted, stepped) = (tasks.clone(), tasks.clone());
+    let (written, heard, collected) = (db.clone(), db.events().clone(), collector.clone());
     vec![
+        debug::Section {
+            title: "refs being written",
+            lines: Box::new(move || {
+                let open = written.open_refs();
+                let line = |(reference, holder, age): &(String, String, Duration)| {
+                    format!("{:9.3}s  {reference}  {holder}", age.as_secs_f64())
+                };
+                open.iter().map(line).collect()
+            }),
+        },
+        debug::Section {
+            title: "collections under way",
+            lines: Box::new(move || {
+                let since = collected.under_way().into_iter();
+                since
+                    .map(|age| format!("{:9.3}s", age.as_secs_f64()))
+                    .collect()
+            }),
+        },
+        debug::Section {
+            title: "event subscriptions",
+            lines: Box::new(move || {
+                vec![format!(
+                    "{} open, {} ended because they fell behind",
+                    heard.subscribers(),
+                    heard.dropped()
+                )]
+            }),
+        },
         debug::Section {
             title: "namespaces with tasks",
             lines: Box::new(move || {
@@ -445,20 +483,31 @@ fn debug_socket(config: &Config) -> Option<Socket> {
     }
 }
 
-fn metrics_pages(metrics: Metrics) -> http::Pages {
+/// The metrics; those of tasks too where `tasks` are given.
+fn metrics_pages(metrics: Metrics, tasks: Option<Manager>) -> http::Pages {
     Arc::new(move |path| {
-        let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-        matches!(path, "/v1/metrics" | "/metrics")
-            .then(|| metrics.text().ok())
-            .flatten()
-            .map(|text| (kind, text))
+        let known = matches!(path, "/v1/metrics" | "/metrics");
+        let (metrics, tasks) = (metrics.clone(), tasks.clone());
+        Box::pin(async move {
+            if !known {
+                return None;
+            }
+            let more = match &tasks {
+                Some(tasks) => task_metrics::text(tasks).await,
+                None => String::new(),
+            };
+            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            metrics.text(&more).ok().map(|text| (kind, text))
+        })
     })
 }
 
-fn debug_pages(report: Arc<debug::Report>, metrics: Metrics) -> http::Pages {
-    let metrics = metrics_pages(metrics);
+fn debug_pages(report: Arc<debug::Report>, metrics: http::Pages) -> http::Pages {
     Arc::new(move |path| match path {
-        "/" | "/debug" | "/debug/tasks" => Some(("text/plain; charset=utf-8", report.text())),
+        "/" | "/debug" | "/debug/tasks" => {
+            let page = Some(("text/plain; charset=utf-8", report.text()));
+            Box::pin(std::future::ready(page))
+        }
         other => metrics(other),
     })
 }

@@ -33,11 +33,8 @@ use config::cli::{Cli, Command, ConfigCommand};
 /// Clients parse it as containerd's and switch features on by it, so it leads with the release
 /// whose API is served here.
 pub const VERSION: &str = concat!("2.2.0+lighter.", env!("CARGO_PKG_VERSION"));
-/// Revision of the build; empty where the build does not say.
-pub const REVISION: &str = match option_env!("LIGHTER_REVISION") {
-    Some(revision) => revision,
-    None => "unknown",
-};
+/// Revision of the build: the commit it was made from, or the release; see `build.rs`.
+pub const REVISION: &str = env!("LIGHTER_REVISION");
 
 /// Runs the daemon, or what the command line says instead.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {

@@ -36,6 +36,8 @@ use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 
 use crate::config::MessageLimits;
+use crate::plugin::Graph;
+use crate::plugin::builtins::kind;
 use crate::services::containers::ContainersService;
 use crate::services::content::ContentService;
 use crate::services::diff::DiffService;
@@ -88,8 +90,10 @@ macro_rules! limited {
     };
 }
 
-/// All services of the client socket but CRI's.
-pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
+/// All services of the client socket but CRI's; a service whose plugin of `graph` is turned off, or
+/// lacks what it needs, is not there.
+#[allow(clippy::too_many_lines, reason = "one line for each service")]
+pub(crate) async fn routes(engines: Engines, limits: MessageLimits, graph: &Graph) -> Routes {
     let Engines {
         db,
         tasks,
@@ -109,60 +113,59 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits) -> Routes {
         .await;
     let leases = LeasesService::new(db.clone(), collector.clone());
     let images = ImagesService::new(db.clone(), collector.clone());
-    Routes::new(health_server)
-        .add_service(limited!(limits, VersionServer, VersionService))
-        .add_service(limited!(limits, IntrospectionServer, introspection))
-        .add_service(limited!(limits, DiffServer, DiffService::new(differs)))
-        .add_service(limited!(
-            limits,
-            DiskServer,
-            DiskService::new(collector, root)
-        ))
-        .add_service(limited!(limits, MountsServer, MountsService::new(mounts)))
-        .add_service(limited!(limits, StoreServer, SandboxStore::new(&db)))
-        .add_service(limited!(
-            limits,
-            ControllerServer,
-            SandboxController::new(&db, sandboxes)
-        ))
-        .add_service(limited!(limits, EventsServer, EventsService::new(&db)))
-        .add_service(limited!(
-            limits,
-            NamespacesServer,
-            NamespacesService::new(db.clone())
-        ))
-        .add_service(limited!(limits, LeasesServer, leases))
-        .add_service(limited!(
-            limits,
-            ContentServer,
-            ContentService::new(db.clone())
-        ))
-        .add_service(limited!(
-            limits,
-            SnapshotsServer,
-            SnapshotsService::new(db.clone())
-        ))
-        .add_service(limited!(limits, ImagesServer, images))
-        .add_service(limited!(
-            limits,
-            ContainersServer,
-            ContainersService::new(db.clone())
-        ))
-        .add_service(limited!(
-            limits,
-            TasksServer,
-            TasksService::new(tasks, db.containers())
-        ))
-        .add_service(limited!(
-            limits,
-            StreamingServer,
-            StreamingService::new(streams, tracker)
-        ))
-        .add_service(limited!(
-            limits,
-            TransferServer,
-            TransferService::new(transfer)
-        ))
+    let disk = DiskService::new(collector, root);
+    let mut routes = Routes::new(limited!(limits, DiskServer, disk));
+    if graph.works(kind::GRPC, "healthcheck") {
+        routes = routes.add_service(health_server);
+    }
+    macro_rules! serve {
+        ($id:literal, $server:ident, $service:expr) => {
+            if graph.works(kind::GRPC, $id) {
+                routes = routes.add_service(limited!(limits, $server, $service));
+            }
+        };
+    }
+    serve!("version", VersionServer, VersionService);
+    serve!("introspection", IntrospectionServer, introspection);
+    serve!("diff", DiffServer, DiffService::new(differs));
+    serve!("mounts", MountsServer, MountsService::new(mounts));
+    serve!("sandboxes", StoreServer, SandboxStore::new(&db));
+    serve!(
+        "sandbox-controllers",
+        ControllerServer,
+        SandboxController::new(&db, sandboxes)
+    );
+    serve!("events", EventsServer, EventsService::new(&db));
+    serve!(
+        "namespaces",
+        NamespacesServer,
+        NamespacesService::new(db.clone())
+    );
+    serve!("leases", LeasesServer, leases);
+    serve!("content", ContentServer, ContentService::new(db.clone()));
+    serve!(
+        "snapshots",
+        SnapshotsServer,
+        SnapshotsService::new(db.clone())
+    );
+    serve!("images", ImagesServer, images);
+    serve!(
+        "containers",
+        ContainersServer,
+        ContainersService::new(db.clone())
+    );
+    serve!(
+        "tasks",
+        TasksServer,
+        TasksService::new(tasks, db.containers())
+    );
+    serve!(
+        "streaming",
+        StreamingServer,
+        StreamingService::new(streams, tracker)
+    );
+    serve!("transfer", TransferServer, TransferService::new(transfer));
+    routes
 }
 
 /// `routes` and both services of CRI.

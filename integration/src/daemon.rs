@@ -16,7 +16,7 @@ const GC_WHEN_ASKED: &str = "[plugins.'io.containerd.gc.v1.scheduler']\nstartup_
                              mutation_threshold = 1000000000\n";
 
 /// The plugin that is off unless asked for: it takes a port and watches directories.
-const CRI: &str = "\"io.containerd.grpc.v1.cri\"";
+const CRI: &str = "io.containerd.grpc.v1.cri";
 
 /// What differs from a plain daemon.
 #[derive(Debug, Clone, Default)]
@@ -33,6 +33,10 @@ pub struct Options {
     pub path: Option<PathBuf>,
     /// Whether CRI is served.
     pub cri: bool,
+    /// Plugins turned off besides CRI.
+    pub disabled: Vec<&'static str>,
+    /// Variables of the daemon's environment.
+    pub env: Vec<(&'static str, PathBuf)>,
 }
 
 /// A running daemon and everything that belongs to it.
@@ -43,6 +47,7 @@ pub struct Daemon {
     namespace: String,
     child: Option<Child>,
     path: Option<PathBuf>,
+    env: Vec<(&'static str, PathBuf)>,
     starts: u32,
 }
 
@@ -69,10 +74,14 @@ impl Daemon {
             .and_then(|n| n.to_str())
             .map(|n| n.replace("lighter-it-", "it-"))
             .context("a temporary name is UTF-8")?;
+        let mut disabled = options.disabled.clone();
+        if !options.cri {
+            disabled.push(CRI);
+        }
         let config = format!(
-            "version = 2\n{head}\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = [{disabled}]\n\
-             [grpc]\naddress = {sock:?}\n[debug]\nlevel = {level:?}\n{GC_WHEN_ASKED}\n{extra}\n",
-            disabled = if options.cri { "" } else { CRI },
+            "version = 2\n{head}\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = \
+             {disabled:?}\n[grpc]\naddress = {sock:?}\n[debug]\nlevel = \
+             {level:?}\n{GC_WHEN_ASKED}\n{extra}\n",
             root = dir.join("root"),
             state = dir.join("state"),
             sock = dir.join("c.sock"),
@@ -100,6 +109,7 @@ impl Daemon {
             namespace,
             child: None,
             path: options.path.clone(),
+            env: options.env.clone(),
             starts: 0,
         };
         daemon.boot().await?;
@@ -122,7 +132,8 @@ impl Daemon {
         }
         let child = command
             .arg("--config")
-            .arg(self.dir.join("config.toml"))
+            .arg(self.config())
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -146,6 +157,12 @@ impl Daemon {
             Ok(false) => Ok(()),
             _ => anyhow::bail!("the daemon did not come up:\n{}", self.log()),
         }
+    }
+
+    /// Its configuration file.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.dir.join("config.toml")
     }
 
     /// The newest log.

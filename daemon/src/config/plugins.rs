@@ -9,13 +9,11 @@ use super::Error;
 
 /// Tables of plugins that containerd has and this daemon does without: accepted in silence, since
 /// files written for containerd carry them.
-const IGNORED: [&str; 17] = [
+const IGNORED: [&str; 15] = [
     "io.containerd.content.v1.content",
     "io.containerd.internal.v1.opt",
     "io.containerd.internal.v1.tracing",
     "io.containerd.tracing.processor.v1.otlp",
-    "io.containerd.monitor.v1.cgroups",
-    "io.containerd.monitor.task.v1.cgroups",
     "io.containerd.runtime.v1.linux",
     "io.containerd.service.v1.tasks-service",
     "io.containerd.snapshotter.v1.aufs",
@@ -46,6 +44,7 @@ pub(crate) struct Plugins {
     pub(crate) diff: DiffService,
     pub(crate) transfer: Transfer,
     pub(crate) restart: Restart,
+    pub(crate) cgroups: Cgroups,
     pub(crate) verifier: Verifier,
     pub(crate) nri: Nri,
     pub(crate) cri: cri::Cri,
@@ -212,6 +211,14 @@ impl Default for Restart {
     }
 }
 
+/// `io.containerd.monitor.task.v1.cgroups`, `io.containerd.monitor.v1.cgroups` before version 3
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Cgroups {
+    /// Whether the metrics of tasks are left out.
+    pub(crate) no_prometheus: bool,
+}
+
 /// `io.containerd.image-verifier.v1.bindir`
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -273,7 +280,15 @@ impl Plugins {
         ] {
             restart = take(&mut tables, name)?.or(restart);
         }
+        let mut cgroups = None;
+        for name in [
+            "io.containerd.monitor.v1.cgroups",
+            "io.containerd.monitor.task.v1.cgroups",
+        ] {
+            cgroups = take(&mut tables, name)?.or(cgroups);
+        }
         let plugins = Self {
+            cgroups: cgroups.unwrap_or_default(),
             scheduler: take(&mut tables, "io.containerd.gc.v1.scheduler")?.unwrap_or_default(),
             metadata: take(&mut tables, "io.containerd.metadata.v1.bolt")?.unwrap_or_default(),
             overlayfs: take(&mut tables, "io.containerd.snapshotter.v1.overlayfs")?

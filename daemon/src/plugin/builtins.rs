@@ -138,7 +138,12 @@ pub(crate) fn graph(config: &Config, stores: Vec<Plugin>, differs: Vec<Plugin>) 
         graph.add(Plugin::new(kind::SERVICE, id).requires(requires));
     }
     for (id, requires) in GRPC_SERVICES {
-        graph.add(Plugin::new(kind::GRPC, id).requires(requires));
+        let mut plugin = Plugin::new(kind::GRPC, id).requires(requires);
+        let service = format!("{id}-service");
+        if SERVICES.iter().any(|(known, _)| *known == service) {
+            plugin = plugin.fronts(kind::SERVICE, &service);
+        }
+        graph.add(plugin);
     }
     graph.add(Plugin::new(kind::GRPC, "transfer").requires(&[kind::TRANSFER, kind::STREAMING]));
     graph.add(Plugin::new(kind::TTRPC, "events").requires(&[kind::EVENT]));

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use lighter_proto::containerd::services::introspection::v1 as wire;
 use lighter_proto::containerd::types::Platform;
-use lighter_proto::errdefs::WireError;
+use lighter_proto::errdefs::{ErrorKind, WireError};
 use lighter_proto::google::rpc::Status;
 use lighter_store::filter::{Fields, Filter};
 
@@ -16,8 +16,10 @@ pub(crate) struct Plugin {
     pub(crate) kind: String,
     /// Id, unique in its type.
     pub(crate) id: String,
-    /// Types it needs.
+    /// Types it needs, as clients see them.
     pub(crate) requires: Vec<String>,
+    /// Plugins it is a face of, by type and id, whom it cannot do without.
+    pub(crate) fronts: Vec<(String, String)>,
     /// Whether it depends on the platform, and so names it.
     pub(crate) platform: bool,
     /// What it exports.
@@ -35,6 +37,7 @@ impl Plugin {
             kind: kind.to_owned(),
             id: id.to_owned(),
             requires: Vec::new(),
+            fronts: Vec::new(),
             platform: false,
             exports: BTreeMap::new(),
             capabilities: Vec::new(),
@@ -45,6 +48,12 @@ impl Plugin {
     /// Needs plugins of these types.
     pub(crate) fn requires(mut self, kinds: &[&str]) -> Self {
         self.requires = kinds.iter().map(|k| (*k).to_owned()).collect();
+        self
+    }
+
+    /// Does what the plugin `kind`, `id` does, for clients.
+    pub(crate) fn fronts(mut self, kind: &str, id: &str) -> Self {
+        self.fronts.push((kind.to_owned(), id.to_owned()));
         self
     }
 
@@ -96,6 +105,13 @@ impl Fields for Plugin {
     }
 }
 
+/// Plugins that cannot be turned off.
+const NEEDED: [&str; 3] = [
+    "io.containerd.event.v1.exchange",
+    "io.containerd.content.v1.content",
+    "io.containerd.metadata.v1.bolt",
+];
+
 /// All plugins in the order they were made.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Graph {
@@ -106,6 +122,54 @@ impl Graph {
     /// Adds a plugin that was made, or could not be.
     pub(crate) fn add(&mut self, plugin: Plugin) {
         self.plugins.push(plugin);
+    }
+
+    /// Leaves out what the configuration turns off, and marks as failed what cannot do without it.
+    ///
+    /// # Errors
+    /// For one that nothing works without.
+    pub(crate) fn settle(&mut self, disabled: &[String]) -> anyhow::Result<()> {
+        for uri in disabled {
+            anyhow::ensure!(
+                !NEEDED.contains(&uri.as_str()),
+                "disabled_plugins: {uri} cannot be turned off, nothing works without it; \
+                 take it off the list"
+            );
+        }
+        self.plugins
+            .retain(|plugin| !disabled.contains(&plugin.uri()));
+        // Until nothing changes: what failed may be what another needs.
+        while let Some((at, missing)) = self.unmet() {
+            self.plugins[at].error = Some(WireError::new(
+                ErrorKind::NotFound,
+                format!("no plugins registered for {missing}"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// A plugin that did not fail though something it needs is missing, and what.
+    fn unmet(&self) -> Option<(usize, String)> {
+        let any = |kind: &str, id: Option<&str>| {
+            let of = |p: &Plugin| p.kind == kind && id.is_none_or(|id| p.id == id);
+            self.plugins.iter().any(|p| p.error.is_none() && of(p))
+        };
+        self.plugins.iter().enumerate().find_map(|(at, plugin)| {
+            if plugin.error.is_some() {
+                return None;
+            }
+            let kind = plugin.requires.iter().find(|kind| !any(kind, None));
+            let front = plugin.fronts.iter().find(|(kind, id)| !any(kind, Some(id)));
+            let missing = kind.cloned();
+            let missing = missing.or_else(|| front.map(|(kind, id)| format!("{kind}.{id}")));
+            Some((at, missing?))
+        })
+    }
+
+    /// Whether the plugin is there and did not fail.
+    pub(crate) fn works(&self, kind: &str, id: &str) -> bool {
+        self.find(kind, id)
+            .is_some_and(|plugin| plugin.error.is_none())
     }
 
     /// Those that match.
@@ -177,5 +241,52 @@ pub(crate) fn encode(plugin: &Plugin) -> wire::Plugin {
             message: error.message.clone(),
             details: Vec::new(),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn graph() -> Graph {
+        let mut graph = Graph::default();
+        graph.add(Plugin::new("event", "exchange"));
+        graph.add(Plugin::new("differ", "walking").requires(&["event"]));
+        graph.add(Plugin::new("service", "diff-service").requires(&["differ"]));
+        graph.add(Plugin::new("service", "other-service").requires(&["event"]));
+        graph.add(
+            Plugin::new("grpc", "diff")
+                .requires(&["service"])
+                .fronts("service", "diff-service"),
+        );
+        graph.add(
+            Plugin::new("grpc", "other")
+                .requires(&["service"])
+                .fronts("service", "other-service"),
+        );
+        graph
+    }
+
+    #[test]
+    fn what_needs_a_disabled_plugin_fails_and_says_why() {
+        let mut graph = graph();
+        graph.settle(&["differ.walking".to_owned()]).unwrap();
+        assert!(graph.find("differ", "walking").is_none());
+        let broken = graph.find("service", "diff-service").unwrap();
+        assert_eq!(
+            broken.error.as_ref().unwrap().message,
+            "no plugins registered for differ"
+        );
+        assert!(!graph.works("grpc", "diff"));
+        assert!(graph.works("grpc", "other"));
+        let required = ["grpc.diff".to_owned(), "grpc.other".to_owned()];
+        assert_eq!(graph.missing(&required), ["grpc.diff"]);
+    }
+
+    #[test]
+    fn what_nothing_works_without_stays_on() {
+        let needed = NEEDED[0].to_owned();
+        let error = graph().settle(&[needed]).unwrap_err().to_string();
+        assert!(error.contains("cannot be turned off"), "{error}");
     }
 }

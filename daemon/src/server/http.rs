@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
@@ -15,8 +16,10 @@ const EXCHANGE_LIMIT: Duration = Duration::from_secs(10);
 /// Pause after a failed accept, so that a lack of descriptors does not become a busy loop.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What a path answers: content type and body, or `None` for 404.
-pub(crate) type Pages = Arc<dyn Fn(&str) -> Option<(&'static str, String)> + Send + Sync>;
+/// Content type and body; `None` for 404.
+pub(crate) type Page = Option<(&'static str, String)>;
+/// What a path answers.
+pub(crate) type Pages = Arc<dyn Fn(&str) -> BoxFuture<'static, Page> + Send + Sync>;
 
 /// Serves `pages` on a TCP port until `stop`.
 pub(crate) async fn serve_tcp(listener: TcpListener, pages: Pages, stop: CancellationToken) {
@@ -52,7 +55,7 @@ pub(crate) async fn serve_unix(listener: UnixListener, pages: Pages, stop: Cance
 async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, pages: Pages) {
     let talk = async {
         let head = read_head(&mut stream).await?;
-        let answer = answer(&head, &pages);
+        let answer = answer(&head, &pages).await;
         stream.write_all(answer.as_bytes()).await.ok()?;
         stream.shutdown().await.ok()
     };
@@ -69,7 +72,7 @@ async fn read_head<S: AsyncRead + Unpin>(stream: &mut S) -> Option<Vec<u8>> {
     Some(head)
 }
 
-fn answer(head: &[u8], pages: &Pages) -> String {
+async fn answer(head: &[u8], pages: &Pages) -> String {
     let line = head.split(|b| *b == b'\r').next().unwrap_or_default();
     let mut words = std::str::from_utf8(line).unwrap_or_default().split(' ');
     let (method, target) = (
@@ -84,7 +87,7 @@ fn answer(head: &[u8], pages: &Pages) -> String {
             "only GET\n".to_owned(),
         )
     } else {
-        match pages(path) {
+        match pages(path).await {
             Some((kind, body)) => ("200 OK", kind, body),
             None => ("404 Not Found", "text/plain", format!("no page {path}\n")),
         }
@@ -99,12 +102,22 @@ fn answer(head: &[u8], pages: &Pages) -> String {
 mod tests {
     use super::*;
 
-    #[test]
-    fn only_get_of_known_pages_is_answered() {
-        let pages: Pages = Arc::new(|path| (path == "/a").then(|| ("text/plain", "x".to_owned())));
-        assert!(answer(b"GET /a?b=c HTTP/1.1\r\n\r\n", &pages).starts_with("HTTP/1.1 200 OK"));
-        assert!(answer(b"GET /b HTTP/1.1\r\n\r\n", &pages).starts_with("HTTP/1.1 404"));
-        assert!(answer(b"POST /a HTTP/1.1\r\n\r\n", &pages).starts_with("HTTP/1.1 405"));
-        assert!(answer(b"\xff\xfe", &pages).starts_with("HTTP/1.1 405"));
+    #[tokio::test]
+    async fn only_get_of_known_pages_is_answered() {
+        let pages: Pages = Arc::new(|path| {
+            let found = (path == "/a").then(|| ("text/plain", "x".to_owned()));
+            Box::pin(std::future::ready(found))
+        });
+        for (request, status) in [
+            (&b"GET /a?b=c HTTP/1.1\r\n\r\n"[..], "HTTP/1.1 200 OK"),
+            (b"GET /b HTTP/1.1\r\n\r\n", "HTTP/1.1 404"),
+            (b"POST /a HTTP/1.1\r\n\r\n", "HTTP/1.1 405"),
+            (b"\xff\xfe", "HTTP/1.1 405"),
+        ] {
+            assert!(
+                answer(request, &pages).await.starts_with(status),
+                "{status}"
+            );
+        }
     }
 }

@@ -129,11 +129,11 @@ impl Metrics {
             .inc();
     }
 
-    /// Everything in Prometheus' text form.
+    /// Everything in Prometheus' text form, with `more` families of other origin.
     ///
     /// # Errors
     /// When a metric cannot be written as text.
-    pub(crate) fn text(&self) -> Result<String, fmt::Error> {
+    pub(crate) fn text(&self, more: &str) -> Result<String, fmt::Error> {
         let mut out = String::new();
         let registry = self
             .inner
@@ -142,13 +142,13 @@ impl Metrics {
             .unwrap_or_else(PoisonError::into_inner);
         text::encode(&mut out, &registry)?;
         drop(registry);
-        process(&mut out);
+        process(&mut out, more);
         Ok(out)
     }
 }
 
-/// The process's own numbers, put before the end mark.
-fn process(out: &mut String) {
+/// The process's own numbers and `more`, put before the end mark.
+fn process(out: &mut String, more: &str) {
     use std::fmt::Write as _;
     let end = "# EOF\n";
     if out.ends_with(end) {
@@ -170,6 +170,7 @@ fn process(out: &mut String) {
             fds.count()
         );
     }
+    out.push_str(more);
     out.push_str(end);
 }
 
@@ -240,7 +241,7 @@ mod tests {
         let path = "/containerd.services.version.v1.Version/Version";
         metrics.started(path);
         metrics.handled(path, Code::NotFound, Duration::from_millis(7));
-        let text = metrics.text().unwrap();
+        let text = metrics.text("").unwrap();
         assert!(text.contains(
             "grpc_server_handled_total{grpc_type=\"unary\",grpc_service=\"containerd.services.version.v1.Version\",grpc_method=\"Version\",grpc_code=\"NotFound\"} 1"
         ), "{text}");
@@ -256,7 +257,7 @@ mod tests {
         }
         assert!(
             metrics
-                .text()
+                .text("")
                 .unwrap()
                 .contains("grpc_service=\"unknown\",grpc_method=\"unknown\"} 10")
         );

@@ -6,4 +6,5 @@ pub(crate) mod http;
 pub(crate) mod listen;
 pub(crate) mod metrics;
 pub(crate) mod observe;
+pub(crate) mod task_metrics;
 pub(crate) mod ttrpc;

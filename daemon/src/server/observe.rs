@@ -141,7 +141,8 @@ where
         let answer = self.inner.call(request);
         Box::pin(
             async move {
-                let response = answer.await?;
+                let mut response = answer.await?;
+                name_as_clients_know(response.headers_mut());
                 // A refusal has its code in the headers and no body to watch.
                 if let Some(code) = response.headers().get("grpc-status") {
                     record.end(Code::from_bytes(code.as_bytes()));
@@ -195,6 +196,20 @@ pin_project_lite::pin_project! {
     }
 }
 
+/// A message beyond the limit is out of range to the transport here, and an exhausted resource to
+/// the one that clients were written against.
+fn name_as_clients_know(headers: &mut http::HeaderMap) {
+    if headers.get("grpc-status").is_none_or(|code| code != "11") {
+        return;
+    }
+    let message = headers.get("grpc-message").map(http::HeaderValue::as_bytes);
+    let message = String::from_utf8_lossy(message.unwrap_or_default()).replace("%20", " ");
+    if message.contains("coded message length too large") {
+        let exhausted = http::HeaderValue::from_static("8");
+        headers.insert("grpc-status", exhausted);
+    }
+}
+
 fn code_in(headers: &http::HeaderMap) -> Code {
     headers
         .get("grpc-status")
@@ -210,10 +225,11 @@ impl HttpBody for Watched {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
         let this = self.project();
-        let frame = ready!(this.body.poll_frame(cx));
-        match &frame {
+        let mut frame = ready!(this.body.poll_frame(cx));
+        match &mut frame {
             Some(Ok(frame)) => {
-                if let Some(trailers) = frame.trailers_ref() {
+                if let Some(trailers) = frame.trailers_mut() {
+                    name_as_clients_know(trailers);
                     this.record.end(code_in(trailers));
                 }
             }
@@ -229,5 +245,25 @@ impl HttpBody for Watched {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_message_beyond_the_limit_changes_its_code() {
+        let renamed = |code: Code, message: &str| {
+            let response = tonic::Status::new(code, message).into_http::<Body>();
+            let mut headers = response.headers().clone();
+            name_as_clients_know(&mut headers);
+            code_in(&headers)
+        };
+        let large =
+            "Error, decoded message length too large: found 17 bytes, the limit is: 16 bytes";
+        assert_eq!(renamed(Code::OutOfRange, large), Code::ResourceExhausted);
+        assert_eq!(renamed(Code::OutOfRange, "offset"), Code::OutOfRange);
+        assert_eq!(renamed(Code::Internal, large), Code::Internal);
     }
 }

@@ -8,6 +8,7 @@
 
 mod bad_input;
 mod chaos;
+mod configuration;
 mod content;
 mod cri_attach;
 mod cri_bad_input;
@@ -31,7 +32,9 @@ mod full_disk;
 mod gc;
 mod hostile;
 mod leases;
+mod crowds;
 mod limits;
+mod observed;
 mod proxy;
 mod pull;
 mod records;

@@ -135,3 +135,59 @@ async fn stopping_the_daemon_stops_no_container() -> Result {
     client.destroy(&container).await?;
     daemon.finish().await
 }
+
+/// Only ours: containerd looks at one bundle after the other before it serves.
+#[tokio::test]
+async fn many_tasks_are_recovered_beside_the_first_requests() -> Result {
+    if Subject::of_run() != Subject::Lighter {
+        return Ok(());
+    }
+    let count = match std::env::var_os("LIGHTER_FULL") {
+        Some(_) => 2000,
+        None => 200,
+    };
+    let (mut daemon, client, _, top) = ready().await?;
+    let (container, pid) = start(&client, &daemon, &top, "alive").await?;
+    daemon.stop().await?;
+    // The shims of these died with the daemon; a few of them had no address yet.
+    let tasks = daemon
+        .dir()
+        .join("state/io.containerd.runtime.v2.task")
+        .join(daemon.namespace());
+    for n in 0..count {
+        let bundle = tasks.join(format!("dead-{n}"));
+        fs::create_dir(&bundle)?;
+        fs::write(bundle.join("config.json"), "{}")?;
+        fs::write(
+            bundle.join("shim-binary-path"),
+            env!("CARGO_BIN_EXE_grpc-shim"),
+        )?;
+        if n % 10 != 0 {
+            let address = format!("unix://{}", bundle.join("s").display());
+            let bootstrap =
+                format!("{{\"version\":3,\"address\":\"{address}\",\"protocol\":\"ttrpc\"}}");
+            fs::write(bundle.join("bootstrap.json"), bootstrap)?;
+        }
+    }
+    let began = std::time::Instant::now();
+    daemon.boot().await?;
+    let served = began.elapsed();
+    assert!(served.as_secs() < 5, "served after {served:?}");
+    let client = daemon.client().await?;
+    let task = eventually("the task that lives is found", async || {
+        Ok(client.task("alive", "").await.ok())
+    })
+    .await?;
+    assert_eq!((task.status(), task.pid), (Status::Running, pid));
+    eventually("what is dead is cleaned up", async || {
+        let left = fs::read_dir(&tasks)?.count();
+        Ok((left == 1).then_some(()))
+    })
+    .await?;
+    println!(
+        "{count} tasks: served after {served:?}, recovered after {:?}",
+        began.elapsed()
+    );
+    client.destroy(&container).await?;
+    daemon.finish().await
+}

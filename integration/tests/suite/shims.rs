@@ -69,3 +69,56 @@ async fn the_others_shim_outlives_its_daemon() -> Result {
     client.delete(&container).await?;
     daemon.finish().await
 }
+
+#[tokio::test]
+async fn a_shim_may_speak_grpc() -> Result {
+    let (mut daemon, client, _, top) = ready().await?;
+    // containerd 1.6 takes shims for speakers of ttrpc.
+    if !client.is_recent().await? {
+        return daemon.finish().await;
+    }
+    let spec = Spec::new(daemon.namespace(), "g", &["true"]);
+    let shim = env!("CARGO_BIN_EXE_grpc-shim");
+    let container = client
+        .create_on("g", &top, &spec, "overlayfs", shim, None)
+        .await?;
+    let pid = client.create_task(&container, None).await?;
+    assert_eq!(client.task("g", "").await?.status(), Status::Created);
+    assert_eq!(client.start("g", "").await?, pid);
+    assert_eq!(client.task("g", "").await?.status(), Status::Running);
+    let request = lighter_proto::containerd::services::tasks::v1::ListPidsRequest {
+        container_id: "g".to_owned(),
+    };
+    let pids = client.tasks().list_pids(request).await?.into_inner();
+    assert_eq!(
+        pids.processes.iter().map(|p| p.pid).collect::<Vec<_>>(),
+        [pid]
+    );
+    let metrics = lighter_proto::containerd::services::tasks::v1::PauseTaskRequest {
+        container_id: "g".to_owned(),
+    };
+    let refused = client.tasks().pause(metrics).await.expect_err("it cannot");
+    assert_eq!(refused.code(), tonic::Code::Unimplemented, "{refused}");
+    daemon.kill()?;
+    daemon.boot().await?;
+    let client = daemon.client().await?;
+    let task = eventually("the task is found", async || {
+        Ok(client.task("g", "").await.ok())
+    })
+    .await?;
+    assert_eq!((task.status(), task.pid), (Status::Running, pid));
+    let waiting = {
+        let client = client.clone();
+        tokio::spawn(async move { client.wait("g", "").await })
+    };
+    client.kill("g", "", 9).await?;
+    assert_eq!(waiting.await??.status, 137);
+    eventually("the task is stopped", async || {
+        let task = client.task("g", "").await?;
+        Ok((task.status() == Status::Stopped).then_some(()))
+    })
+    .await?;
+    assert_eq!(client.delete_task("g").await?.status, 137);
+    client.delete(&container).await?;
+    daemon.finish().await
+}

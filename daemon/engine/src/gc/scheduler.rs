@@ -74,6 +74,8 @@ struct Inner {
     run: tokio::sync::Mutex<Option<Result<Summary, Error>>>,
     /// Runs begun.
     begun: AtomicU64,
+    /// When the run under way began.
+    since: Mutex<Option<Instant>>,
     /// Owns runs whose callers went away.
     tasks: TaskTracker,
 }
@@ -89,6 +91,7 @@ impl Collector {
                 engines: Mutex::default(),
                 run: tokio::sync::Mutex::default(),
                 begun: AtomicU64::new(0),
+                since: Mutex::default(),
                 tasks: TaskTracker::new(),
             }),
         }
@@ -123,7 +126,9 @@ impl Collector {
                 return done.clone();
             }
             this.inner.begun.fetch_add(1, Ordering::SeqCst);
+            this.mark_since(Some(Instant::now()));
             let result = this.collect().await;
+            this.mark_since(None);
             *run = Some(result.clone());
             result
         });
@@ -133,6 +138,20 @@ impl Collector {
                 reason: error.to_string(),
             })
         })
+    }
+
+    fn mark_since(&self, since: Option<Instant>) {
+        let slot = self.inner.since.lock();
+        *slot.unwrap_or_else(PoisonError::into_inner) = since;
+    }
+
+    /// For how long a collection has been under way.
+    #[must_use]
+    pub fn under_way(&self) -> Option<Duration> {
+        let since = self.inner.since.lock();
+        since
+            .unwrap_or_else(PoisonError::into_inner)
+            .map(|since| since.elapsed())
     }
 
     async fn collect(&self) -> Result<Summary, Error> {

@@ -104,6 +104,7 @@ pub(super) fn sweep(db: &Db, engines: &Engines) -> Result<(Summary, Vec<Held>), 
     records.retain(|node| !matches!(node.kind, Kind::Mount | Kind::Stream));
     let mut last = None;
     for batch in records.chunks(BATCH) {
+        collection.absorb(&mut graph);
         let began = Instant::now();
         let (removed, ticket) = collection.remove(batch, &mut graph)?;
         let took = began.elapsed();

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -64,6 +64,17 @@ impl RefLocks {
             locks: self.clone(),
             reference: reference.to_owned(),
         })
+    }
+
+    /// Refs being written, by whom and for how long.
+    pub(crate) fn list(&self) -> Vec<(String, String, Duration)> {
+        lock(&self.held)
+            .iter()
+            .map(|(reference, held)| {
+                let age = held.since.0.elapsed();
+                (reference.clone(), held.holder.clone(), age)
+            })
+            .collect()
     }
 
     /// Whether somebody writes `reference`.

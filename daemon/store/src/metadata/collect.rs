@@ -103,10 +103,7 @@ impl Collection {
     ) -> Result<(Vec<Node>, Durable), Error> {
         let inner = &self.db.inner;
         inner.apply(|change| {
-            let touched = self.barrier().as_mut().map(std::mem::take);
-            for node in touched.unwrap_or_default() {
-                judge.shade(&node);
-            }
+            self.absorb(judge);
             let mut removed = Vec::new();
             for node in candidates {
                 if judge.is_garbage(node) && self.remove_one(change, node)? {
@@ -115,6 +112,15 @@ impl Collection {
             }
             Ok(removed)
         })
+    }
+
+    /// Tells `judge` what the barrier has so far, without the writer lock: what a batch has to take
+    /// over under the lock is then only what came since.
+    pub fn absorb(&self, judge: &mut dyn Judge) {
+        let touched = self.barrier().as_mut().map(std::mem::take);
+        for node in touched.unwrap_or_default() {
+            judge.shade(&node);
+        }
     }
 
     /// Tells `judge` what the barrier has, and removes nothing. Blocks like a small change.

@@ -69,6 +69,14 @@ impl Db {
         })
     }
 
+    /// Refs being written (`<namespace>/<ref>`), by whom and for how long, oldest first.
+    #[must_use]
+    pub fn open_refs(&self) -> Vec<(String, String, std::time::Duration)> {
+        let mut open = self.inner.refs.list();
+        open.sort_by_key(|(_, _, age)| std::cmp::Reverse(*age));
+        open
+    }
+
     /// Namespace records.
     #[must_use]
     pub fn namespaces(&self) -> Namespaces {
