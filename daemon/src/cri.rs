@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use lighter_cri::nri;
 use lighter_cri::plugin::{self, Gate};
 use lighter_engine::gc::Collector;
 use lighter_engine::runtime::Manager;
@@ -52,7 +53,7 @@ impl Cri {
         let gate = self.gate;
         tracker.spawn(async move {
             if let Err(error) = plugin.recover(&gate).await {
-                error!(%error, "pods of earlier runs cannot be read; CRI stays shut");
+                error!(%error, "CRI stays shut");
             }
         });
     }
@@ -89,8 +90,17 @@ pub(crate) async fn build(config: &Config, parts: Parts) -> Cri {
         cri.entries.push(entry.failed(error));
         return cri;
     }
+    let nri = match nri_config(config) {
+        Ok(nri) => nri,
+        Err(error) => {
+            let error = WireError::new(ErrorKind::InvalidArgument, error);
+            cri.entries.push(entry.failed(error));
+            return cri;
+        }
+    };
     let built = plugin::Plugin::build(plugin::Parts {
         config: config.plugins.cri.clone(),
+        nri,
         root: config.root.clone(),
         state: config.state.clone(),
         db: parts.db,
@@ -113,6 +123,33 @@ pub(crate) async fn build(config: &Config, parts: Parts) -> Cri {
         }
     }
     cri
+}
+
+/// Settings of NRI plugins; the message of an error names the key.
+fn nri_config(config: &Config) -> Result<nri::Config, String> {
+    let table = &config.plugins.nri;
+    let place = |key: &str| format!("plugins.'io.containerd.nri.v1.nri'.{key}");
+    let duration = |key: &str, text: &str| {
+        crate::config::duration(&place(key), text).map_err(|e| e.to_string())
+    };
+    let validator = table.default_validator.clone();
+    let validator = validator
+        .try_into()
+        .map_err(|e| format!("{}: {e}", place("default_validator")))?;
+    Ok(nri::Config {
+        disable: table.disable,
+        socket_path: (&table.socket_path).into(),
+        plugin_path: (&table.plugin_path).into(),
+        plugin_config_path: (&table.plugin_config_path).into(),
+        registration_timeout: duration(
+            "plugin_registration_timeout",
+            &table.plugin_registration_timeout,
+        )?,
+        request_timeout: duration("plugin_request_timeout", &table.plugin_request_timeout)?,
+        disable_connections: table.disable_connections,
+        default_validator: validator,
+        runtime_version: crate::VERSION.to_owned(),
+    })
 }
 
 /// Types that the service needs.

@@ -81,7 +81,9 @@ impl Daemon {
         let config = format!(
             "version = 2\n{head}\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = \
              {disabled:?}\n[grpc]\naddress = {sock:?}\n[debug]\nlevel = \
-             {level:?}\n{GC_WHEN_ASKED}\n{extra}\n",
+             {level:?}\n{GC_WHEN_ASKED}\n[plugins.'io.containerd.nri.v1.nri']\nsocket_path = \
+             {nri:?}\n{extra}\n",
+            nri = dir.join("nri").join("nri.sock"),
             root = dir.join("root"),
             state = dir.join("state"),
             sock = dir.join("c.sock"),

@@ -43,6 +43,12 @@ impl Error {
         Self::new(ErrorKind::NotFound, message)
     }
 
+    /// Whether it is of `kind`.
+    #[must_use]
+    pub fn is(&self, kind: ErrorKind) -> bool {
+        self.kind == kind
+    }
+
     /// Whether the object is gone already.
     #[must_use]
     pub fn is_not_found(&self) -> bool {

@@ -21,6 +21,7 @@ pub mod spec;
 pub mod store;
 pub mod streaming;
 pub mod turn;
+pub mod userns;
 
 mod oci;
 mod sys;

@@ -1,6 +1,6 @@
 //! The plugin: what every call works with, made once at start.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -14,17 +14,21 @@ use lighter_snapshotter::Usage;
 use lighter_store::filter::Filter;
 use lighter_store::metadata::Db;
 use lighter_store::{Namespace, Scope};
+use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::metadata::MetadataMap;
 use tonic::{Response, Status};
 
+use crate::cdi;
 use crate::cni::{self, Cni};
 use crate::config;
 use crate::error::{Error, Result};
 use crate::image::Images;
 use crate::json::Json;
-use crate::runtime::{Backend, Backlog, History};
+use crate::nri;
+use crate::runtime::{Backend, Backlog, History, Hooks};
+use crate::spec;
 use crate::spec::resources::Machine;
 use crate::store::Store;
 use crate::streaming;
@@ -47,22 +51,6 @@ async fn private_dir(dir: &Path) -> Result<()> {
         .map_err(crate::error::io("close to others", dir))
 }
 
-/// The key pair of the streaming server, where it is to have one.
-fn streaming_tls(server: &config::Server) -> Option<streaming::KeyPair> {
-    let pair = &server.x509_key_pair_streaming;
-    let files = streaming::KeyPair::Files {
-        certificate: PathBuf::from(&pair.tls_cert_file),
-        key: PathBuf::from(&pair.tls_key_file),
-    };
-    server.enable_tls_streaming.then(|| {
-        if pair.tls_cert_file.is_empty() && pair.tls_key_file.is_empty() {
-            streaming::KeyPair::SelfSigned
-        } else {
-            files
-        }
-    })
-}
-
 /// Networks as the configuration wants them.
 fn cni_config(runtime: &config::Runtime, root: &Path) -> cni::Config {
     let settings = &runtime.cni;
@@ -83,6 +71,8 @@ fn cni_config(runtime: &config::Runtime, root: &Path) -> cni::Config {
 pub struct Parts {
     /// Configuration.
     pub config: config::Cri,
+    /// Configuration of NRI plugins.
+    pub nri: nri::Config,
     /// The daemon's root directory.
     pub root: PathBuf,
     /// The daemon's state directory.
@@ -182,8 +172,16 @@ pub struct Plugin {
     pub(crate) cni: Cni,
     /// Networks by handler, where one has a directory of its own.
     pub(crate) own_cni: BTreeMap<String, Cni>,
+    /// Held by whoever mounts an image as a volume.
+    pub(crate) volumes: tokio::sync::Mutex<()>,
+    /// Specs that handlers start from in place of the default.
+    bases: HashMap<String, Value>,
     pub(crate) json: Json,
     pub(crate) stats: History,
+    pub(crate) hooks: Hooks,
+    /// `None` when CDI is off.
+    pub(crate) cdi: Option<Arc<cdi::Registry>>,
+    nri: nri::Config,
     pub(crate) streaming: OnceLock<Arc<streaming::Server>>,
     pub(crate) tracker: TaskTracker,
     pub(crate) stop: CancellationToken,
@@ -218,8 +216,11 @@ impl Plugin {
         );
         let common = cni_config(&parts.config.runtime, &root);
         let cni = Cni::new(common.clone()).await;
-        let mut own_cni = BTreeMap::new();
+        let (mut own_cni, mut bases) = (BTreeMap::new(), HashMap::new());
         for (name, handler) in &parts.config.runtime.containerd.runtimes {
+            if !handler.base_runtime_spec.is_empty() {
+                bases.insert(name.clone(), base_spec(&handler.base_runtime_spec).await?);
+            }
             if !handler.cni_conf_dir.is_empty() {
                 let own = cni::Config {
                     conf_dir: PathBuf::from(&handler.cni_conf_dir),
@@ -241,6 +242,12 @@ impl Plugin {
             )?,
             Duration::from_secs(parts.config.images.stats_collect_period),
         );
+        let dirs = parts.config.runtime.cdi_spec_dirs.iter().map(PathBuf::from);
+        let cdi = parts
+            .config
+            .runtime
+            .enable_cdi
+            .then(|| Arc::new(cdi::Registry::new(dirs)));
         let plugin = Arc::new(Self {
             machine: Machine::detect(parts.config.runtime.disable_hugetlb_controller),
             config: parts.config,
@@ -255,8 +262,13 @@ impl Plugin {
             store: Arc::default(),
             cni,
             own_cni,
+            volumes: tokio::sync::Mutex::default(),
+            bases,
             json: Json::new()?,
             stats,
+            hooks: Hooks::default(),
+            cdi,
+            nri: parts.nri,
             streaming: OnceLock::new(),
             tracker: parts.tracker,
             stop: parts.stop,
@@ -270,6 +282,14 @@ impl Plugin {
         Ok(plugin)
     }
 
+    /// Lets NRI plugins in: once all there is is known, so that they are told of it.
+    ///
+    /// # Errors
+    /// When their socket cannot be made.
+    pub(crate) async fn admit_plugins(self: &Arc<Self>) -> Result<()> {
+        self.start_nri(self.nri.clone()).await
+    }
+
     async fn serve_streams(self: &Arc<Self>) -> Result<()> {
         let server = &self.config.server;
         let invalid = |what: &str| Error::invalid(format!("plugins.'{DIRECTORY}'.{what}"));
@@ -281,7 +301,7 @@ impl Plugin {
                 .map_err(|_| invalid("stream_server_port: not a port"))?,
             idle_timeout: config::duration("stream_idle_timeout", &server.stream_idle_timeout)?
                 .unwrap_or(streaming::Config::default().idle_timeout),
-            tls: streaming_tls(server),
+            tls: stream_keys(server)?,
         };
         let backend = Arc::new(Backend(Arc::downgrade(self)));
         let server = streaming::Server::bind(&config, backend)
@@ -341,6 +361,16 @@ impl Plugin {
             .ok_or_else(|| Error::unknown(format!("no runtime for {name:?} is configured")))
     }
 
+    /// What specs of a runtime handler start from.
+    pub(crate) fn base_spec(&self, name: &str) -> Value {
+        let name = if name.is_empty() {
+            &self.config.runtime.containerd.default_runtime_name
+        } else {
+            name
+        };
+        self.bases.get(name).cloned().unwrap_or_else(spec::base)
+    }
+
     /// The snapshotter of a runtime handler.
     pub(crate) fn snapshotter_of(&self, handler: &str) -> String {
         self.handler(handler)
@@ -384,5 +414,84 @@ impl Plugin {
     }
 }
 
+/// Reads a handler's base spec.
+async fn base_spec(file: &str) -> Result<Value> {
+    let path = Path::new(file);
+    let text = tokio::fs::read(path)
+        .await
+        .map_err(crate::error::io("failed to load base OCI spec", path))?;
+    let base: Value = serde_json::from_slice(&text)
+        .map_err(|e| Error::invalid(format!("failed to load base OCI spec {file}: {e}")))?;
+    if base.is_object() {
+        Ok(base)
+    } else {
+        Err(Error::invalid(format!(
+            "base OCI spec {file} is no JSON object"
+        )))
+    }
+}
+
+/// The key pair for TLS of the streaming server; `None` without TLS.
+///
+/// # Errors
+/// When one of the two files is named without the other, or files without TLS.
+fn stream_keys(server: &config::Server) -> Result<Option<streaming::KeyPair>> {
+    let pair = &server.x509_key_pair_streaming;
+    let named = !pair.tls_cert_file.is_empty() || !pair.tls_key_file.is_empty();
+    let complete = !pair.tls_cert_file.is_empty() && !pair.tls_key_file.is_empty();
+    match (server.enable_tls_streaming, named) {
+        (false, false) => Ok(None),
+        (false, true) => Err(Error::invalid(
+            "x509_key_pair_streaming is set, but enable_tls_streaming is not",
+        )),
+        (true, false) => Ok(Some(streaming::KeyPair::SelfSigned)),
+        (true, true) if complete => Ok(Some(streaming::KeyPair::Files {
+            certificate: PathBuf::from(&pair.tls_cert_file),
+            key: PathBuf::from(&pair.tls_key_file),
+        })),
+        (true, true) => Err(Error::invalid(
+            "x509_key_pair_streaming needs both tls_cert_file and tls_key_file",
+        )),
+    }
+}
+
 /// How long undoing a failed call may take.
 pub(crate) const UNDO_LIMIT: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tls_files_come_in_pairs() {
+        let mut server = config::Server::default();
+        assert_eq!(stream_keys(&server).unwrap(), None);
+        server.x509_key_pair_streaming.tls_cert_file = "/c".into();
+        assert!(stream_keys(&server).is_err(), "without TLS");
+        server.enable_tls_streaming = true;
+        assert!(stream_keys(&server).is_err(), "without a key");
+        server.x509_key_pair_streaming.tls_key_file = "/k".into();
+        assert!(matches!(
+            stream_keys(&server).unwrap(),
+            Some(streaming::KeyPair::Files { .. })
+        ));
+        server.x509_key_pair_streaming = config::KeyPair::default();
+        assert_eq!(
+            stream_keys(&server).unwrap(),
+            Some(streaming::KeyPair::SelfSigned)
+        );
+    }
+
+    #[tokio::test]
+    async fn a_base_spec_must_be_an_object() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().display().to_string();
+        for bad in ["", "[]", "{"] {
+            std::fs::write(file.path(), bad).unwrap();
+            assert!(base_spec(&path).await.is_err(), "{bad:?}");
+        }
+        std::fs::write(file.path(), r#"{"process":{}}"#).unwrap();
+        assert!(base_spec(&path).await.unwrap().is_object());
+        assert!(base_spec("/nonexistent").await.is_err());
+    }
+}

@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::SystemTime;
 
 use lighter_proto::runtime::v1::{
-    ContainerConfig, ContainerState, ContainerUser, LinuxContainerResources, PodSandboxConfig,
-    PodSandboxState,
+    ContainerConfig, ContainerState, ContainerUser, LinuxContainerResources, NamespaceOption,
+    PodSandboxConfig, PodSandboxState,
 };
 use serde_json::Value;
 use tokio::sync::watch;
@@ -120,6 +120,13 @@ impl Pod {
         let _ = state
             .wait_for(|s| s.state != PodSandboxState::SandboxReady)
             .await;
+    }
+
+    /// Which namespaces it asked for.
+    #[must_use]
+    pub fn namespace_options(&self) -> Option<&NamespaceOption> {
+        let linux = self.config.linux.as_ref()?;
+        linux.security_context.as_ref()?.namespace_options.as_ref()
     }
 
     /// Whether containers can be made in it.

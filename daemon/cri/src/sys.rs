@@ -44,6 +44,9 @@ pub(crate) fn pass_fd(command: &mut Command, fd: BorrowedFd<'_>, number: i32) ->
     Ok(())
 }
 
+/// In place of a descriptor: a user namespace of its own, and nothing in it.
+const NEW_USERNS: i32 = -1;
+
 /// A child that sits in namespaces of its own until dropped.
 #[derive(Debug)]
 pub(crate) struct NamespaceHolder {
@@ -56,8 +59,19 @@ impl NamespaceHolder {
     /// # Errors
     /// The child's failure, by errno.
     pub(crate) fn net_in_userns(userns: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::hold(userns.as_raw_fd())
+    }
+
+    /// Forks a child that makes a user namespace, which has no mappings yet.
+    ///
+    /// # Errors
+    /// The child's failure, by errno.
+    pub(crate) fn user() -> io::Result<Self> {
+        Self::hold(NEW_USERNS)
+    }
+
+    fn hold(userns: i32) -> io::Result<Self> {
         let (reader, writer) = pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
-        let userns = userns.as_raw_fd();
         let report = writer.as_raw_fd();
         // SAFETY: the child calls only async-signal-safe functions, on plain integers that were
         // computed before the fork, and never returns.
@@ -72,6 +86,11 @@ impl NamespaceHolder {
                 }
             }
         }
+    }
+
+    /// A file of the child's in `/proc`, valid while `self` lives.
+    pub(crate) fn path(&self, name: &str) -> String {
+        format!("/proc/{}/{name}", self.pid)
     }
 
     /// The child's network namespace, valid while `self` lives.
@@ -109,8 +128,11 @@ fn child(userns: i32, report: i32) -> ! {
     // the descriptors are open in this copy of the process, the buffer lives on this stack.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        let failed =
-            libc::setns(userns, libc::CLONE_NEWUSER) != 0 || libc::unshare(libc::CLONE_NEWNET) != 0;
+        let failed = if userns == NEW_USERNS {
+            libc::unshare(libc::CLONE_NEWUSER) != 0
+        } else {
+            libc::setns(userns, libc::CLONE_NEWUSER) != 0 || libc::unshare(libc::CLONE_NEWNET) != 0
+        };
         let errno = if failed { *libc::__errno_location() } else { 0 };
         let word = errno.to_ne_bytes();
         libc::write(report, word.as_ptr().cast(), word.len());

@@ -253,6 +253,13 @@ impl Nri {
             .collect()
     }
 
+    /// Whether there is nobody to call.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        let plugins = self.plugins.read().unwrap_or_else(PoisonError::into_inner);
+        plugins.is_empty() && !self.config.default_validator.enable
+    }
+
     /// Calls, errors and durations by plugin.
     #[must_use]
     pub fn metrics(&self) -> &Metrics {

@@ -132,7 +132,10 @@ impl Plugin {
                 "checkpoint location {location:?} is not the absolute path of a file"
             )));
         }
-        let _busy = container.busy.lock().await;
+        let _turn = container
+            .busy
+            .take("CheckpointContainer", &container.name)
+            .await?;
         let status = container.status();
         if status.state != ContainerState::ContainerRunning {
             return Err(Error::unknown(format!(

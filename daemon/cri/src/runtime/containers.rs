@@ -10,7 +10,6 @@ use lighter_proto::runtime::v1::{
     NamespaceMode, Signal,
 };
 use lighter_snapshotter::mount::{Access, TempMount};
-use lighter_store::Labels;
 use nix::sys::signal::Signal as Native;
 use nix::sys::stat::Mode;
 
@@ -27,6 +26,19 @@ use crate::store::{Container, ContainerStatus, NewContainer, Pod};
 const NO_LOG: &str = "/dev/null";
 /// Exit code of a container that could not be started.
 const START_FAILED: i32 = 128;
+
+/// CDI devices of a request: those of its field, then those of its annotations.
+fn cdi_devices(config: &ContainerConfig) -> Result<Vec<String>> {
+    let mut names: Vec<String> = config.cdi_devices.iter().map(|d| d.name.clone()).collect();
+    let annotated = crate::cdi::from_annotations(&config.annotations)
+        .map_err(|e| Error::unknown(lighter_proto::errdefs::render(&e)))?;
+    for name in annotated {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
 
 /// The number of `SIGTERM`, `TERM` or `15`.
 pub(super) fn signal_number(text: &str) -> Option<u32> {
@@ -109,6 +121,7 @@ impl Plugin {
             Error::not_found(format!("failed to resolve image {wanted:?}: not found"))
         })?;
         let snapshotter = self.snapshotter_of(&pod.handler);
+        let _blocked = self.block_plugins().await;
         let made = self
             .build_container(&pod, &id, &name, config, &image, &snapshotter)
             .await;
@@ -122,6 +135,7 @@ impl Plugin {
                     let message = format!("sandbox {:?} was removed meanwhile", pod.id);
                     return Err(Error::not_found(message));
                 }
+                self.plugins_created(&container).await;
                 self.announce(&id, &pod.id, ContainerEventType::ContainerCreatedEvent);
                 Ok(id)
             }
@@ -142,11 +156,11 @@ impl Plugin {
     }
 
     async fn build_container(
-        &self,
+        self: &Arc<Self>,
         pod: &Arc<Pod>,
         id: &str,
         name: &str,
-        config: ContainerConfig,
+        mut config: ContainerConfig,
         image: &Image,
         snapshotter: &str,
     ) -> Result<Arc<Container>> {
@@ -157,11 +171,16 @@ impl Plugin {
         let scope = self.scope.with_lease(&pod.id);
         let snapshots = self.db.snapshots(snapshotter)?;
         let parent = image.chain_id.as_deref();
-        let rootfs = snapshots.prepare(&scope, id, parent, Labels::new()).await?;
+        let labels = crate::userns::snapshot_labels(pod.namespace_options());
+        let rootfs = snapshots.prepare(&scope, id, parent, labels).await?;
+        let stop_signal = stop_signal(&config, &image.process.stop_signal)?;
+        let mut volumes = self.mount_images(pod, &mut config, snapshotter).await?;
+        let declared = self.declared_volumes(id, &config, image, &rootfs);
+        volumes.append(&mut declared.await?);
         let user = self.user_of(&config, image, rootfs).await?;
         let handler = self.handler(&pod.handler)?;
         let image_name = image.first_name();
-        let spec = container::spec(&container::Input {
+        let mut spec = container::spec(&container::Input {
             id,
             pod_id: &pod.id,
             pod: &pod.config,
@@ -176,13 +195,18 @@ impl Plugin {
             user: &user,
             machine: self.machine,
             target_pid: self.target_pid(pod, &config)?,
-            volumes: Vec::new(),
+            volumes,
             recursive_readonly: true,
-            base: spec::base(),
+            base: self.base_spec(&pod.handler),
         })?;
+        self.inject_devices(&mut spec, cdi_devices(&config)?)
+            .await?;
+        self.plugins_create(pod, id, &config, image, &mut spec)
+            .await?;
+        spec::resources::clamp_rlimits(&mut spec);
         let directory = Path::new(&pod.config.log_directory);
         let logged = !config.log_path.is_empty() && !pod.config.log_directory.is_empty();
-        let resources = config.linux.as_ref().and_then(|l| l.resources.clone());
+        let resources = spec::resources::recorded(&spec);
         let made = Arc::new(Container::new(
             NewContainer {
                 id: id.to_owned(),
@@ -190,17 +214,18 @@ impl Plugin {
                 pod_id: pod.id.clone(),
                 image_id: image.id.clone(),
                 log_path: logged.then(|| directory.join(&config.log_path)),
-                stop_signal: stop_signal(&config, &image.process.stop_signal)?,
+                stop_signal,
                 snapshotter: snapshotter.to_owned(),
                 user: encode_user(&user),
                 config,
             },
             ContainerStatus::created(resources),
         ));
+        let labels = super::labels::merged(image, &made.config.labels);
         let record = self.record(New {
             id,
             kind: "container",
-            labels: &made.config.labels,
+            labels: &labels,
             image: image_name,
             handler,
             spec: &spec,
@@ -210,7 +235,13 @@ impl Plugin {
             making: false,
             pod_id: &pod.id,
         });
-        let created_at = record.await?.created_at;
+        let created_at = match record.await {
+            Ok(record) => record.created_at,
+            Err(error) => {
+                self.plugins_undo_create(pod, id, &made.config).await;
+                return Err(error);
+            }
+        };
         made.update(|s| s.created_at = created_at);
         Ok(made)
     }
@@ -290,6 +321,7 @@ impl Plugin {
         match self.launch(container).await {
             Ok(handle) => {
                 self.save_status(container).await;
+                self.plugins_started(container).await;
                 let kind = ContainerEventType::ContainerStartedEvent;
                 self.announce(&container.id, &container.pod_id, kind);
                 // Not before: its end comes after its start, however short its life.
@@ -334,6 +366,7 @@ impl Plugin {
         let created = self.tasks.create(&self.scope, task).await;
         let handle =
             created.map_err(|e| Error::from(e).context("failed to create containerd task"))?;
+        self.plugins_start(container, handle.init().pid).await?;
         let started = handle.start("").await;
         let pid = started.map_err(|e| Error::from(e).context("failed to start containerd task"))?;
         container.update(|s| {

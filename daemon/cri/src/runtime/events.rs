@@ -136,7 +136,7 @@ impl Plugin {
 
     /// A container ended: its status first, then whoever wants to know.
     pub(super) async fn container_ended(
-        &self,
+        self: &Arc<Self>,
         container: &Arc<Container>,
         code: u32,
         at: SystemTime,
@@ -161,6 +161,7 @@ impl Plugin {
         });
         if first {
             self.save_status(container).await;
+            self.plugins_stopped(container).await;
             let kind = ContainerEventType::ContainerStoppedEvent;
             self.announce(&container.id, &container.pod_id, kind);
         }

@@ -3,13 +3,16 @@
 mod backlog;
 mod checkpoint;
 mod containers;
+mod copy;
 mod encode;
 mod events;
 mod exec;
 mod files;
 mod info;
+mod labels;
 mod metrics;
 mod network;
+mod plugins;
 mod pods;
 mod records;
 mod recover;
@@ -18,9 +21,11 @@ mod service;
 mod stats;
 mod stop;
 mod update;
+mod volumes;
 
 pub(crate) use backlog::Backlog;
 pub use exec::Backend;
+pub(crate) use plugins::Hooks;
 pub use service::RuntimeEdge;
 pub(crate) use stats::History;
 

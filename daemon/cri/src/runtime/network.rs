@@ -8,9 +8,9 @@ use lighter_proto::runtime::v1::{PodSandboxConfig, Protocol};
 use super::files::on_host;
 use crate::cni::{Bandwidth, DnsConfig, IpPreference, NetworkResult, Options, PortMapping};
 use crate::error::{Error, Result};
-use crate::netns;
 use crate::plugin::{Plugin, time_left};
 use crate::store::Pod;
+use crate::{netns, userns};
 
 /// Annotations of a pod that limit its bandwidth.
 const BANDWIDTH: (&str, &str) = (
@@ -69,6 +69,15 @@ fn options(id: &str, config: &PodSandboxConfig) -> Result<Options> {
 }
 
 impl Plugin {
+    /// Where the user namespace of a pod is pinned; `None` where it has none of its own, or no
+    /// network that it would have to own.
+    pub(super) fn userns_path(&self, id: &str, config: &PodSandboxConfig) -> Option<PathBuf> {
+        let security = config.linux.as_ref()?.security_context.as_ref()?;
+        userns::own(security.namespace_options.as_ref())?;
+        let pinned = self.pod_state(id).join("pinned-namespaces").join("user");
+        (!on_host(config, |o| o.network())).then_some(pinned)
+    }
+
     /// Where the namespace of a new pod is pinned; `None` on the host's network.
     pub(super) fn netns_path(&self, config: &PodSandboxConfig) -> Option<PathBuf> {
         if on_host(config, |o| o.network()) {
@@ -89,7 +98,12 @@ impl Plugin {
         let Some(path) = &pod.netns else {
             return Ok(());
         };
-        netns::create_named(path, None).await?;
+        let owner = self.userns_path(&pod.id, &pod.config);
+        let owner = match owner.zip(userns::own(pod.namespace_options())) {
+            Some((pinned, own)) => Some(userns::create(&pinned, own).await?),
+            None => None,
+        };
+        netns::create_named(path, owner).await?;
         let (ip, others, result) = self.attach_network(pod, path).await?;
         let result = serde_json::to_value(result)?;
         pod.update(|s| {
@@ -143,10 +157,20 @@ impl Plugin {
                 pod.id
             ))
         };
+        // A pod whose annotations are wrong was not attached, but must go all the same.
+        let options = options(&pod.id, &pod.config).or_else(|_| {
+            let mut config = pod.config.clone();
+            config.annotations.clear();
+            options(&pod.id, &config)
+        })?;
         self.cni_of(&pod.handler)
-            .teardown(&pod.id, open, &options(&pod.id, &pod.config)?)
+            .teardown(&pod.id, open, &options)
             .await
             .map_err(|e| failed(e.into()))?;
-        netns::remove(path).await.map_err(|e| failed(e.into()))
+        netns::remove(path).await.map_err(|e| failed(e.into()))?;
+        match self.userns_path(&pod.id, &pod.config) {
+            Some(pinned) => userns::remove(&pinned),
+            None => Ok(()),
+        }
     }
 }

@@ -123,10 +123,11 @@ impl Plugin {
             image_name: &image_name,
             files: &self.pod_files(&pod.id, &pod.config),
             netns: pod.netns.as_deref(),
+            userns: self.userns_path(&pod.id, &pod.config).as_deref(),
             hostname: &Self::hostname(&pod.config),
             runtime: &self.config.runtime,
             handler,
-            base: crate::spec::base(),
+            base: self.base_spec(&pod.handler),
         })?;
         // On record before anything is made, so that a crash leaves nothing unknown.
         turn.at("record");
@@ -168,9 +169,11 @@ impl Plugin {
             tokio::join!(self.keep_pod(pod, record), self.start_pod(&scope, task));
         let (handle, pid) = started?;
         kept?;
+        pod.update(|s| s.pid = pid);
+        let _blocked = self.block_plugins().await;
+        self.plugins_run_pod(pod).await?;
         pod.update(|s| {
             s.state = PodSandboxState::SandboxReady;
-            s.pid = pid;
             s.visible = true;
         });
         self.watch_pod(Arc::clone(pod), handle);
@@ -198,12 +201,11 @@ impl Plugin {
     ) -> Result<Vec<Mount>> {
         let snapshots = self.db.snapshots(snapshotter)?;
         let parent = image.chain_id.as_deref();
+        let labels = crate::userns::snapshot_labels(pod.namespace_options());
         let made = if image.names.contains(pause::NAME) {
-            snapshots.view(scope, &pod.id, parent, Labels::new()).await
+            snapshots.view(scope, &pod.id, parent, labels).await
         } else {
-            snapshots
-                .prepare(scope, &pod.id, parent, Labels::new())
-                .await
+            snapshots.prepare(scope, &pod.id, parent, labels).await
         };
         Ok(made?)
     }

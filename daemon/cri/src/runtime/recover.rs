@@ -134,6 +134,7 @@ impl Plugin {
             containers = self.store.containers().len(),
             "CRI serves"
         );
+        self.admit_plugins().await?;
         gate.open(Arc::clone(self));
         // Plugins may hang: nobody waits for them.
         for id in stale {
@@ -368,7 +369,7 @@ impl Plugin {
     }
 
     /// A container without a task: what its status says, or lost.
-    async fn settle_container(&self, container: &Arc<Container>) {
+    async fn settle_container(self: &Arc<Self>, container: &Arc<Container>) {
         let status = container.status();
         let lost = match status.state {
             ContainerState::ContainerRunning => true,
@@ -387,7 +388,7 @@ impl Plugin {
     /// Removes what no record knows.
     async fn sweep(&self, ids: &HashSet<String>) {
         let dirs = [&self.root, &self.state].into_iter().flat_map(|base| {
-            let kinds = ["sandboxes", "containers"];
+            let kinds = ["sandboxes", "containers", "image-volumes"];
             kinds.map(|kind| base.join(kind)).into_iter()
         });
         let (dirs, known): (Vec<_>, _) = (dirs.collect(), ids.clone());

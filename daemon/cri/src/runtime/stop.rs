@@ -101,6 +101,18 @@ impl Plugin {
         container: &Arc<Container>,
         limit: Duration,
     ) -> Result<()> {
+        self.end_container(container, limit).await?;
+        if container.status().state == ContainerState::ContainerExited {
+            self.plugins_stopped(container).await;
+        }
+        Ok(())
+    }
+
+    async fn end_container(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        limit: Duration,
+    ) -> Result<()> {
         if container.status().starting {
             // Whichever way the start ends.
             drop(
@@ -148,7 +160,7 @@ impl Plugin {
     }
 
     /// A container that runs by its status has no task: its end is noted, or was missed.
-    async fn note_lost(&self, container: &Arc<Container>) -> Result<()> {
+    async fn note_lost(self: &Arc<Self>, container: &Arc<Container>) -> Result<()> {
         let noted = tokio::time::timeout(NOTE_LIMIT, container.ended()).await;
         if noted.is_err() {
             self.container_ended(container, UNKNOWN_EXIT, SystemTime::now())
@@ -194,6 +206,8 @@ impl Plugin {
         // One that never ran may have a task that waits for its start.
         turn.at("delete task");
         self.kill_task(&container.id).await?;
+        turn.at("NRI RemoveContainer");
+        self.plugins_remove(container).await;
         turn.at("delete record and snapshot");
         let (record, snapshot) = tokio::join!(
             self.delete_record(&container.id),
@@ -240,13 +254,16 @@ impl Plugin {
             s.state = PodSandboxState::SandboxNotready;
             s.pid = 0;
         });
+        turn.at("NRI StopPodSandbox");
+        self.plugins_stop_pod(pod).await;
         turn.at("unmount files");
         self.unmount_pod_files(&pod.id).await?;
         if let Some(netns) = &pod.netns {
             turn.at("CNI DEL");
             self.detach_network(pod, netns).await?;
         }
-        Ok(())
+        turn.at("unmount image volumes");
+        self.unmount_images(pod).await
     }
 
     /// Removes a pod and its containers.
@@ -270,6 +287,7 @@ impl Plugin {
         for container in self.store.containers_of(&pod.id) {
             self.remove_container(&container).await?;
         }
+        self.plugins_remove_pod(pod).await;
         turn.at("remove");
         self.erase_pod(pod).await?;
         let seen = self.look(&pod.id);

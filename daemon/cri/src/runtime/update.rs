@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use lighter_proto::any;
-use lighter_proto::runtime::v1::{ContainerState, HugepageLimit, LinuxContainerResources};
+use lighter_proto::runtime::v1::{ContainerState, LinuxContainerResources};
 use prost_types::Any;
 use serde_json::{Value, json};
 
@@ -22,52 +22,6 @@ pub(super) const UPDATED: &str = "updated-resources";
 const UPDATED_TYPE: &str =
     "github.com/containerd/containerd/v2/internal/cri/server/podsandbox/UpdatedResources";
 
-/// What is known of the resources after an update: fields that it leaves empty stay.
-fn merged(
-    known: Option<LinuxContainerResources>,
-    asked: &LinuxContainerResources,
-    swap: bool,
-) -> LinuxContainerResources {
-    let mut merged = known.unwrap_or_default();
-    let numbers = [
-        (&mut merged.cpu_period, asked.cpu_period),
-        (&mut merged.cpu_quota, asked.cpu_quota),
-        (&mut merged.cpu_shares, asked.cpu_shares),
-        (
-            &mut merged.memory_limit_in_bytes,
-            asked.memory_limit_in_bytes,
-        ),
-        (&mut merged.oom_score_adj, asked.oom_score_adj),
-    ];
-    for (field, value) in numbers {
-        if value != 0 {
-            *field = value;
-        }
-    }
-    if asked.memory_swap_limit_in_bytes != 0 {
-        merged.memory_swap_limit_in_bytes = asked.memory_swap_limit_in_bytes;
-    } else if asked.memory_limit_in_bytes != 0 && swap {
-        merged.memory_swap_limit_in_bytes = asked.memory_limit_in_bytes;
-    }
-    for (field, value) in [
-        (&mut merged.cpuset_cpus, &asked.cpuset_cpus),
-        (&mut merged.cpuset_mems, &asked.cpuset_mems),
-    ] {
-        if !value.is_empty() {
-            field.clone_from(value);
-        }
-    }
-    for limit in &asked.hugepage_limits {
-        let same = |known: &&mut HugepageLimit| known.page_size == limit.page_size;
-        match merged.hugepage_limits.iter_mut().find(same) {
-            Some(known) => known.limit = limit.limit,
-            None => merged.hugepage_limits.push(limit.clone()),
-        }
-    }
-    merged.unified.extend(asked.unified.clone());
-    merged
-}
-
 impl Plugin {
     /// Changes a container's resources: on record, and in its task when it runs.
     pub(super) async fn update_container(
@@ -76,8 +30,26 @@ impl Plugin {
         asked: LinuxContainerResources,
         annotations: HashMap<String, String>,
     ) -> Result<()> {
+        let _blocked = self.block_plugins().await;
+        let asked = self.plugins_update(container, asked).await?;
+        self.change_container(container, &asked, annotations)
+            .await?;
+        self.plugins_updated(container).await;
+        Ok(())
+    }
+
+    /// [`Plugin::update_container`] without asking plugins: for changes that they want themselves.
+    pub(super) async fn change_container(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        asked: &LinuxContainerResources,
+        annotations: HashMap<String, String>,
+    ) -> Result<()> {
         // A start reads the record: it comes before this update or after it.
-        let _busy = container.busy.lock().await;
+        let _turn = container
+            .busy
+            .take("UpdateContainerResources", &container.name)
+            .await?;
         let status = container.status();
         if status.removing {
             return Err(Error::unknown(format!(
@@ -87,7 +59,7 @@ impl Plugin {
         }
         let before = self.db.containers().get(&self.scope, &container.id)?;
         let mut spec: Value = serde_json::from_slice(&before.spec.value)?;
-        resources::merge(&mut spec["linux"]["resources"], &asked, self.machine);
+        resources::merge(&mut spec["linux"]["resources"], asked, self.machine);
         self.store_spec(&container.id, any::pack_json(SPEC, &spec)?)
             .await?;
         if status.state == ContainerState::ContainerRunning
@@ -100,9 +72,8 @@ impl Plugin {
             }
             return Err(error.context("failed to update resources"));
         }
-        container.update(|s| {
-            s.resources = Some(merged(s.resources.take(), &asked, self.machine.swap));
-        });
+        let shown = resources::recorded(&spec);
+        container.update(|s| s.resources = shown);
         self.save_status(container).await;
         Ok(())
     }
@@ -145,7 +116,24 @@ impl Plugin {
         overhead: Option<LinuxContainerResources>,
         resources: Option<LinuxContainerResources>,
     ) -> Result<()> {
-        let _busy = pod.busy.lock().await;
+        let _blocked = self.block_plugins().await;
+        self.plugins_update_pod(pod, overhead.as_ref(), resources.as_ref())
+            .await?;
+        self.keep_pod_resources(pod, overhead, resources).await?;
+        self.plugins_updated_pod(pod).await;
+        Ok(())
+    }
+
+    async fn keep_pod_resources(
+        self: &Arc<Self>,
+        pod: &Arc<Pod>,
+        overhead: Option<LinuxContainerResources>,
+        resources: Option<LinuxContainerResources>,
+    ) -> Result<()> {
+        let _turn = pod
+            .busy
+            .take("UpdatePodSandboxResources", &pod.name)
+            .await?;
         let write = |linux: &Option<LinuxContainerResources>| -> Result<Value> {
             let linux = linux.as_ref().map(|l| self.json.write(l)).transpose()?;
             Ok(json!({ "linux": linux.unwrap_or_default() }))
@@ -165,7 +153,7 @@ impl Plugin {
         Ok(())
     }
 
-    /// Reads back what [`Plugin::update_pod`] kept, after a restart.
+    /// Reads back what [`Plugin::keep_pod_resources`] kept, after a restart.
     pub(super) fn recover_pod_resources(&self, pod: &Pod, extension: &Any) -> Result<()> {
         let value: Value = serde_json::from_slice(&extension.value)?;
         let read = |key: &str| match &value[key]["linux"] {
@@ -178,39 +166,5 @@ impl Plugin {
             state.resources = resources;
         });
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_update_keeps_what_it_does_not_name() {
-        let known = LinuxContainerResources {
-            cpu_shares: 2,
-            cpuset_cpus: "0".into(),
-            memory_limit_in_bytes: 5,
-            ..Default::default()
-        };
-        let asked = LinuxContainerResources {
-            memory_limit_in_bytes: 9,
-            unified: HashMap::from([("memory.high".into(), "8".into())]),
-            hugepage_limits: vec![HugepageLimit {
-                page_size: "2MB".into(),
-                limit: 1,
-            }],
-            ..Default::default()
-        };
-        let merged = merged(Some(known), &asked, true);
-        assert_eq!((merged.cpu_shares, merged.cpuset_cpus.as_str()), (2, "0"));
-        assert_eq!(
-            (
-                merged.memory_limit_in_bytes,
-                merged.memory_swap_limit_in_bytes
-            ),
-            (9, 9)
-        );
-        assert_eq!((merged.unified.len(), merged.hugepage_limits.len()), (1, 1));
     }
 }

@@ -33,13 +33,24 @@ pub fn own() -> Vec<String> {
     own.iter().map(ToString::to_string).collect()
 }
 
-/// The set after adding and dropping; `ALL` is taken first. Names are as the kubelet writes them,
+/// What a container has unless it asks otherwise: a configured base spec's set, else [`DEFAULT`].
+#[must_use]
+pub fn of_base(base: &Value) -> Vec<String> {
+    let configured = base["process"]["capabilities"]["bounding"].as_array();
+    let named = |list: &Vec<Value>| {
+        let names = list.iter().filter_map(|name| name.as_str());
+        names.map(str::to_owned).collect()
+    };
+    configured.map_or_else(|| DEFAULT.iter().map(|c| (*c).to_owned()).collect(), named)
+}
+
+/// The set after adding to and dropping from `base`; `ALL` is taken first. Names are as the kubelet writes them,
 /// without prefix.
 #[must_use]
-pub fn adjusted(add: &[String], drop: &[String]) -> Vec<String> {
+pub fn adjusted(base: Vec<String>, add: &[String], drop: &[String]) -> Vec<String> {
     let is_all = |names: &[String]| names.iter().any(|n| n.eq_ignore_ascii_case("ALL"));
     let full = |name: &String| format!("CAP_{}", name.to_ascii_uppercase());
-    let mut set: BTreeSet<String> = DEFAULT.iter().map(|c| (*c).to_owned()).collect();
+    let mut set: BTreeSet<String> = base.into_iter().collect();
     if is_all(add) {
         set = own().into_iter().collect();
     }
@@ -76,14 +87,16 @@ mod tests {
 
     #[test]
     fn dropping_all_leaves_what_is_added() {
-        let set = adjusted(&names(&["net_admin"]), &names(&["ALL"]));
+        let base = || of_base(&Value::Null);
+        let set = adjusted(base(), &names(&["net_admin"]), &names(&["ALL"]));
         assert_eq!(set, ["CAP_NET_ADMIN"]);
-        assert!(adjusted(&[], &names(&["all"])).is_empty());
+        assert!(adjusted(base(), &[], &names(&["all"])).is_empty());
     }
 
     #[test]
     fn drops_come_after_adds() {
-        let set = adjusted(&names(&["SYS_TIME"]), &names(&["KILL", "SYS_TIME"]));
+        let base = of_base(&Value::Null);
+        let set = adjusted(base, &names(&["SYS_TIME"]), &names(&["KILL", "SYS_TIME"]));
         assert_eq!(set.len(), DEFAULT.len() - 1);
         assert!(!set.contains(&"CAP_KILL".to_owned()));
     }

@@ -3,16 +3,18 @@
 use std::path::{Path, PathBuf};
 
 use lighter_proto::runtime::v1::{
-    ContainerConfig, LinuxContainerSecurityContext, NamespaceMode, PodSandboxConfig,
+    ContainerConfig, LinuxContainerSecurityContext, LinuxSandboxSecurityContext, NamespaceMode,
+    PodSandboxConfig,
 };
 use serde_json::{Value, json};
 
+use super::apparmor::apparmor;
 use super::devices::Devices;
 use super::resources::{self, Machine};
 use super::user::User;
-use super::{capabilities, cgroup_path, mounts, security, set_env};
-use crate::config;
+use super::{capabilities, cgroup_path, classes, mounts, security, set_env};
 use crate::error::{Error, Result};
+use crate::{config, userns};
 
 /// What an image's config says of its process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
@@ -102,6 +104,35 @@ impl Input<'_> {
             .unwrap_or_default()
     }
 
+    fn pod_security(&self) -> LinuxSandboxSecurityContext {
+        let linux = self.pod.linux.as_ref();
+        linux
+            .and_then(|l| l.security_context.clone())
+            .unwrap_or_default()
+    }
+
+    /// What a container may only have when its pod has it.
+    fn check(&self, security: &LinuxContainerSecurityContext) -> Result<()> {
+        let pod = self.pod_security();
+        if security.privileged && !pod.privileged {
+            return Err(Error::unknown("no privileged container allowed in sandbox"));
+        }
+        let options = security.namespace_options.as_ref();
+        userns::check(options)?;
+        let (own, of_pod) = (
+            userns::own(options),
+            userns::own(pod.namespace_options.as_ref()),
+        );
+        if own != of_pod {
+            return Err(Error::unknown(format!(
+                "user namespace of container {:?} differs from its sandbox's: want {of_pod:?}, got \
+                 {own:?}",
+                self.id
+            )));
+        }
+        Ok(())
+    }
+
     fn args(&self) -> Result<Vec<String>> {
         let mut args = self.config.command.clone();
         let mut rest = self.config.args.clone();
@@ -156,11 +187,7 @@ impl Input<'_> {
             (NamespaceMode::Target, Some(pid)) => joined("pid", "pid", pid),
             _ => joined("pid", "pid", self.pause_pid),
         });
-        if options
-            .userns_options
-            .as_ref()
-            .is_some_and(|u| u.mode() == NamespaceMode::Pod)
-        {
+        if userns::own(Some(&options)).is_some() {
             list.push(joined("user", "user", self.pause_pid));
         }
         let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
@@ -237,18 +264,30 @@ impl Input<'_> {
             (self.files.resolv_conf.as_path(), "/etc/resolv.conf", access),
             (shm, "/dev/shm", "rw"),
         ];
+        let own_ids = userns::own(security.namespace_options.as_ref());
         let own: Vec<_> = files
             .into_iter()
             .filter(|(_, destination, _)| !taken(destination))
-            .map(|(source, destination, access)| mounts::bind(source, destination, access))
+            .map(|(source, destination, access)| {
+                let mut bind = mounts::bind(source, destination, access);
+                // A tmpfs of the machine's own, such as a pod's, has the same owners for all.
+                if let Some(own) = own_ids.filter(|_| destination != "/dev/shm") {
+                    bind["uidMappings"] = userns::lines(&own.uids);
+                    bind["gidMappings"] = userns::lines(&own.gids);
+                }
+                bind
+            })
             .collect();
         asked.extend(own);
         asked.extend(self.volumes.iter().cloned());
         let writable = privileged || self.handler.cgroup_writable;
-        let mut defaults = mounts::defaults(privileged, true);
+        let mut defaults = mounts::of_base(&self.base, privileged);
+        let cgroup = defaults
+            .iter_mut()
+            .find(|mount| mount["destination"] == "/sys/fs/cgroup");
         if writable
             && !privileged
-            && let Some(cgroup) = defaults.last_mut()
+            && let Some(cgroup) = cgroup
         {
             cgroup["options"] = json!(["nosuid", "noexec", "nodev", "relatime", "rw"]);
         }
@@ -257,7 +296,14 @@ impl Input<'_> {
 
     fn devices(&self, spec: &mut Value, privileged: bool) -> Result<()> {
         let mut devices = Devices::default();
-        let mut rules = vec![json!({ "allow": false, "access": "rwm" })];
+        let configured = &self.base["linux"]["resources"]["devices"];
+        let configured = configured.as_array().filter(|rules| !rules.is_empty());
+        let mut rules = match configured {
+            Some(rules) => rules.clone(),
+            None => vec![json!({ "allow": false, "access": "rwm" })],
+        };
+        let base = self.base["linux"]["devices"].as_array();
+        devices.nodes = base.cloned().unwrap_or_default();
         let all = privileged
             && (!self.handler.privileged_without_host_devices
                 || self
@@ -291,16 +337,15 @@ impl Input<'_> {
 pub fn spec(input: &Input<'_>) -> Result<Value> {
     let security = input.security();
     let privileged = security.privileged;
+    input.check(&security)?;
     let mut spec = input.base.clone();
-    let adjusted = |drop_all: bool| {
+    let set = if privileged {
+        capabilities::own()
+    } else {
         let asked = security.capabilities.clone().unwrap_or_default();
-        if drop_all {
-            capabilities::own()
-        } else {
-            capabilities::adjusted(&asked.add_capabilities, &asked.drop_capabilities)
-        }
+        let base = capabilities::of_base(&input.base);
+        capabilities::adjusted(base, &asked.add_capabilities, &asked.drop_capabilities)
     };
-    let set = adjusted(privileged);
     spec["process"]["terminal"] = json!(input.config.tty);
     spec["process"]["args"] = json!(input.args()?);
     spec["process"]["env"] = json!(input.env());
@@ -316,7 +361,7 @@ pub fn spec(input: &Input<'_>) -> Result<Value> {
     if let Some(word) = propagation {
         spec["linux"]["rootfsPropagation"] = json!(word);
     }
-    spec["annotations"] = input.annotations();
+    super::overlay(&mut spec["annotations"], input.annotations());
     spec["linux"]["namespaces"] = json!(input.namespaces(&security, privileged));
     super::sandbox::user_mappings(&mut spec, security.namespace_options.as_ref())?;
     let parent = input
@@ -331,12 +376,14 @@ pub fn spec(input: &Input<'_>) -> Result<Value> {
         .as_ref()
         .and_then(|l| l.resources.as_ref())
     {
+        resources::check(asked, input.machine, input.runtime)?;
         resources::merge(&mut spec["linux"]["resources"], asked, input.machine);
         let restrict = input.runtime.restrict_oom_score_adj;
         spec["process"]["oomScoreAdj"] =
             json!(resources::oom_score_adj(asked.oom_score_adj, restrict));
     }
     input.devices(&mut spec, privileged)?;
+    classes::apply(input, &mut spec)?;
     confine(input, &security, &set, &mut spec)?;
     Ok(spec)
 }
@@ -371,12 +418,12 @@ fn confine(
             linux["seccomp"] = profile;
         }
     }
-    let disabled =
-        input.runtime.disable_apparmor || security.privileged && security.apparmor.is_none();
-    if let Some(profile) = security::apparmor(security.apparmor.as_ref(), disabled)? {
+    let disabled = input.runtime.disable_apparmor;
+    if let Some(profile) = apparmor(security.apparmor.as_ref(), security.privileged, disabled)? {
         spec["process"]["apparmorProfile"] = json!(profile);
     }
     if input.runtime.enable_selinux
+        && Path::new("/sys/fs/selinux/enforce").exists()
         && let Some(options) = &security.selinux_options
     {
         let label = format!(

@@ -3,7 +3,9 @@
 //! Pure but for lookups of users, devices and mount sources. Specs are JSON values, as CDI and NRI
 //! edit them. Spec: OCI runtime-spec, config.md and config-linux.md.
 
+mod apparmor;
 pub mod capabilities;
+mod classes;
 pub mod container;
 pub mod devices;
 pub mod mounts;
@@ -46,6 +48,15 @@ pub fn cgroup_path(parent: &str, id: &str) -> String {
         return format!("{base}:cri-containerd:{id}");
     }
     format!("{}/{id}", parent.trim_end_matches('/'))
+}
+
+/// Puts the entries of an object over those of another.
+fn overlay(under: &mut Value, over: Value) {
+    let Value::Object(over) = over else { return };
+    match under {
+        Value::Object(under) => under.extend(over),
+        other => *other = Value::Object(over),
+    }
 }
 
 /// Sets `key=value` in a list of environment variables: in place when the key is there, else last.

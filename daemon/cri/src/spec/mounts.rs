@@ -44,6 +44,29 @@ pub fn defaults(privileged: bool, cgroup: bool) -> Vec<Value> {
     mounts
 }
 
+/// The mounts of a configured base spec, else the defaults; writable where they are so for the
+/// privileged.
+#[must_use]
+pub fn of_base(base: &Value, privileged: bool) -> Vec<Value> {
+    let configured = base["mounts"].as_array().filter(|list| !list.is_empty());
+    let Some(configured) = configured else {
+        return defaults(privileged, true);
+    };
+    let mut mounts = configured.clone();
+    for mount in &mut mounts {
+        let kernel = matches!(mount["type"].as_str(), Some("sysfs" | "cgroup" | "cgroup2"));
+        if privileged
+            && kernel
+            && let Some(options) = mount["options"].as_array_mut()
+        {
+            for option in options.iter_mut().filter(|o| *o == "ro") {
+                *option = json!("rw");
+            }
+        }
+    }
+    mounts
+}
+
 /// How a mount is shared with the host, and what that asks of its source.
 struct Propagation {
     word: &'static str,

@@ -8,11 +8,13 @@ use lighter_proto::runtime::v1::{
 use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 
+use super::apparmor::apparmor;
 use super::container::{PodFiles, Process, glob};
 use super::resources::oom_score_adj;
+use super::user::MAX_ID;
 use super::{capabilities, cgroup_path, mounts, security, set_env};
-use crate::config;
 use crate::error::{Error, Result};
+use crate::{config, userns};
 
 /// `oom_score_adj` of a pause process: the last to be killed but the node's own.
 const PAUSE_OOM_SCORE_ADJ: i64 = -998;
@@ -41,6 +43,8 @@ pub struct Input<'a> {
     pub files: &'a PodFiles,
     /// Its network namespace; `None` for the host's.
     pub netns: Option<&'a Path>,
+    /// Its pinned user namespace; `None` makes one where one is asked for.
+    pub userns: Option<&'a Path>,
     /// Its hostname.
     pub hostname: &'a str,
     /// CRI's runtime table.
@@ -72,12 +76,11 @@ impl Input<'_> {
             list.push(json!({ "type": "network", "path": netns }));
             list.push(json!({ "type": "uts" }));
         }
-        if options
-            .userns_options
-            .as_ref()
-            .is_some_and(|u| u.mode() == NamespaceMode::Pod)
-        {
-            list.push(json!({ "type": "user" }));
+        if userns::own(Some(options)).is_some() {
+            list.push(match self.userns {
+                Some(path) => json!({ "type": "user", "path": path }),
+                None => json!({ "type": "user" }),
+            });
         }
         list
     }
@@ -94,11 +97,8 @@ impl Input<'_> {
             if self.runtime.enable_unprivileged_ports {
                 sysctls["net.ipv4.ip_unprivileged_port_start"] = json!("0");
             }
-            let userns = options
-                .userns_options
-                .as_ref()
-                .is_some_and(|u| u.mode() == NamespaceMode::Pod);
-            if self.runtime.enable_unprivileged_icmp && !userns {
+            let owned = userns::own(Some(options)).is_some();
+            if self.runtime.enable_unprivileged_icmp && !owned {
                 sysctls["net.ipv4.ping_group_range"] = json!("0 2147483647");
             }
         }
@@ -110,7 +110,8 @@ impl Input<'_> {
 
     fn annotations(&self) -> Value {
         let metadata = self.config.metadata.clone().unwrap_or_default();
-        let mut annotations = json!({
+        let mut annotations = self.base["annotations"].clone();
+        let own = json!({
             "io.kubernetes.cri.container-type": "sandbox",
             "io.kubernetes.cri.sandbox-id": self.id,
             "io.kubernetes.cri.sandbox-name": metadata.name,
@@ -119,6 +120,7 @@ impl Input<'_> {
             "io.kubernetes.cri.sandbox-log-directory": self.config.log_directory,
             "io.kubernetes.cri.podsandbox.image-name": self.image_name,
         });
+        super::overlay(&mut annotations, own);
         if let Some(resources) = self
             .config
             .linux
@@ -144,18 +146,27 @@ impl Input<'_> {
         annotations
     }
 
-    fn mounts(&self) -> Vec<Value> {
+    fn mounts(&self, options: &NamespaceOption) -> Vec<Value> {
         let locked = |source: &Path, destination: &str| {
             json!({
                 "destination": destination, "type": "bind", "source": source,
                 "options": ["rbind", "ro", "nosuid", "nodev", "noexec"],
             })
         };
-        let own = vec![
+        let mut own = vec![
             locked(&self.files.shm, "/dev/shm"),
             locked(&self.files.resolv_conf, "/etc/resolv.conf"),
         ];
-        mounts::assemble(mounts::defaults(false, false), own)
+        // The kernel lets nobody mount a sysfs of another's network.
+        if self.netns.is_none() && userns::own(Some(options)).is_some() {
+            own.push(json!({
+                "destination": "/sys", "type": "bind", "source": "/sys",
+                "options": ["rbind", "nosuid", "noexec", "nodev", "rro"],
+            }));
+        }
+        let mut defaults = mounts::of_base(&self.base, false);
+        defaults.retain(|mount| mount["destination"] != "/sys/fs/cgroup");
+        mounts::assemble(defaults, own)
     }
 }
 
@@ -164,44 +175,31 @@ impl Input<'_> {
 /// # Errors
 /// For modes and mappings that are not supported.
 pub(super) fn user_mappings(spec: &mut Value, options: Option<&NamespaceOption>) -> Result<()> {
-    let Some(userns) = options.and_then(|o| o.userns_options.as_ref()) else {
-        return Ok(());
-    };
-    match userns.mode() {
-        NamespaceMode::Node if userns.uids.is_empty() && userns.gids.is_empty() => return Ok(()),
-        NamespaceMode::Pod => {}
-        NamespaceMode::Node => {
-            return Err(Error::unknown(
-                "can't use mappings with user namespace mode NODE",
-            ));
-        }
-        other => {
-            return Err(Error::unknown(format!(
-                "unsupported user namespace mode: {}",
-                other.as_str_name()
-            )));
-        }
-    }
-    for (name, key, lines) in [
-        ("uid", "uidMappings", &userns.uids),
-        ("gid", "gidMappings", &userns.gids),
-    ] {
-        let [line] = lines.as_slice() else {
-            return Err(Error::unknown(format!(
-                "exactly one {name} mapping is supported, got {}",
-                lines.len()
-            )));
-        };
-        if line.container_id != 0 || line.length == 0 {
-            return Err(Error::unknown(format!(
-                "{name} 0 of the container must be mapped"
-            )));
-        }
-        spec["linux"][key] = json!([{
-            "containerID": line.container_id, "hostID": line.host_id, "size": line.length,
-        }]);
+    userns::check(options)?;
+    if let Some(own) = userns::own(options) {
+        spec["linux"]["uidMappings"] = userns::lines(&own.uids);
+        spec["linux"]["gidMappings"] = userns::lines(&own.gids);
     }
     Ok(())
+}
+
+/// Who the pause process runs as: the request's user, else the image's where it is a number.
+fn user(security: &LinuxSandboxSecurityContext, image: &str) -> Value {
+    let number = |text: &str| text.parse::<u32>().ok().filter(|id| *id <= MAX_ID);
+    let (name, group) = image.split_once(':').unwrap_or((image, ""));
+    let (mut uid, mut gid) = (
+        i64::from(number(name).unwrap_or(0)),
+        i64::from(number(group).unwrap_or(0)),
+    );
+    if let Some(user) = &security.run_as_user {
+        uid = user.value;
+        gid = security.run_as_group.as_ref().map_or(0, |g| g.value);
+    }
+    let mut groups = security.supplemental_groups.clone();
+    groups.push(gid);
+    groups.sort_unstable();
+    groups.dedup();
+    json!({ "uid": uid, "gid": gid, "additionalGids": groups })
 }
 
 /// The spec.
@@ -243,12 +241,13 @@ pub fn spec(input: &Input<'_>) -> Result<Value> {
     spec["process"]["noNewPrivileges"] = json!(true);
     let restrict = input.runtime.restrict_oom_score_adj;
     spec["process"]["oomScoreAdj"] = json!(oom_score_adj(PAUSE_OOM_SCORE_ADJ, restrict));
-    if let Some(user) = &security.run_as_user {
-        let gid = security.run_as_group.as_ref().map_or(0, |g| g.value);
-        spec["process"]["user"] = json!({ "uid": user.value, "gid": gid });
+    spec["process"]["user"] = user(&security, &input.image.user);
+    let disabled = input.runtime.disable_apparmor;
+    if let Some(profile) = apparmor(security.apparmor.as_ref(), security.privileged, disabled)? {
+        spec["process"]["apparmorProfile"] = json!(profile);
     }
     spec["root"] = json!({ "path": "rootfs", "readonly": true });
-    spec["mounts"] = json!(input.mounts());
+    spec["mounts"] = json!(input.mounts(&options));
     if input.netns.is_some() {
         spec["hostname"] = json!(input.hostname);
     }
@@ -261,7 +260,7 @@ pub fn spec(input: &Input<'_>) -> Result<Value> {
     spec["linux"]["namespaces"] = json!(input.namespaces(&options));
     user_mappings(&mut spec, Some(&options))?;
     spec["linux"]["cgroupsPath"] = json!(cgroup_path(parent, input.id));
-    spec["linux"]["sysctl"] = input.sysctls(&options);
+    super::overlay(&mut spec["linux"]["sysctl"], input.sysctls(&options));
     spec["linux"]["resources"] = json!({
         "cpu": { "shares": PAUSE_CPU_SHARES },
         "devices": [{ "allow": false, "access": "rwm" }],

@@ -1,4 +1,4 @@
-//! Seccomp, AppArmor, and what of `/proc` and `/sys` is hidden.
+//! Seccomp, and what of `/proc` and `/sys` is hidden.
 
 use lighter_proto::runtime::v1::SecurityProfile;
 use lighter_proto::runtime::v1::security_profile::ProfileType;
@@ -96,38 +96,54 @@ pub fn seccomp(
     Ok(Some(value))
 }
 
-/// The AppArmor profile to run under; `None` for none.
-///
-/// # Errors
-/// When a profile is asked for that the machine does not have.
-pub fn apparmor(profile: Option<&SecurityProfile>, disabled: bool) -> Result<Option<String>> {
-    let Some(profile) = profile else {
-        return Ok(None);
-    };
-    let enabled = !disabled
-        && std::fs::read_to_string("/sys/module/apparmor/parameters/enabled")
-            .is_ok_and(|text| text.starts_with('Y'));
-    match profile.profile_type() {
-        ProfileType::Unconfined => Ok(None),
-        _ if disabled => Ok(None),
-        ProfileType::RuntimeDefault if !enabled => Ok(None),
-        ProfileType::RuntimeDefault => Ok(Some("cri-containerd.apparmor.d".to_owned())),
-        ProfileType::Localhost if !enabled => Err(Error::unknown(format!(
-            "apparmor is not supported on this machine, but profile {:?} is asked for",
-            profile.localhost_ref
-        ))),
-        ProfileType::Localhost => {
-            let name = profile.localhost_ref.trim_start_matches("localhost/");
-            let loaded = std::fs::read_to_string("/sys/kernel/security/apparmor/profiles")
-                .unwrap_or_default();
-            if loaded
-                .lines()
-                .any(|line| line.split(' ').next() == Some(name))
-            {
-                Ok(Some(name.to_owned()))
-            } else {
-                Err(Error::unknown(format!("apparmor profile not found {name}")))
-            }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn profile(kind: ProfileType, file: &str) -> SecurityProfile {
+        SecurityProfile {
+            profile_type: kind.into(),
+            localhost_ref: file.to_owned(),
         }
+    }
+
+    #[test]
+    fn a_profile_file_is_read_with_a_bound() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().display().to_string();
+        let local = profile(ProfileType::Localhost, &path);
+        std::fs::write(&path, r#"{"defaultAction":"SCMP_ACT_ERRNO"}"#).unwrap();
+        let value = seccomp(Some(&local), "", "", &[]).unwrap().unwrap();
+        assert_eq!(value["defaultAction"], "SCMP_ACT_ERRNO");
+        std::fs::write(&path, "not JSON").unwrap();
+        assert!(seccomp(Some(&local), "", "", &[]).is_err());
+        file.as_file().set_len(1 << 40).unwrap();
+        let error = seccomp(Some(&local), "", "", &[]).unwrap_err().to_string();
+        assert!(error.contains("are more than"), "{error}");
+        let gone = profile(ProfileType::Localhost, "/nonexistent");
+        assert!(seccomp(Some(&gone), "", "", &[]).is_err());
+    }
+
+    #[test]
+    fn the_field_wins_over_the_path_and_both_over_the_configuration() {
+        let none = profile(ProfileType::Unconfined, "");
+        let default = || Some("runtime/default");
+        assert!(
+            seccomp(Some(&none), "runtime/default", "", &[])
+                .unwrap()
+                .is_none()
+        );
+        assert!(
+            seccomp(None, "unconfined", default().unwrap(), &[])
+                .unwrap()
+                .is_none()
+        );
+        assert!(
+            seccomp(None, "", default().unwrap(), &[])
+                .unwrap()
+                .is_some()
+        );
+        assert!(seccomp(None, "", "", &[]).unwrap().is_none());
+        assert!(seccomp(None, "nonsense", "", &[]).is_err());
     }
 }

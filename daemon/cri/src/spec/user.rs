@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// Largest `/etc/passwd` or `/etc/group` that is read.
 const MAX_TABLE_BYTES: u64 = 4 << 20;
 /// Largest uid or gid.
-const MAX_ID: u32 = i32::MAX.unsigned_abs();
+pub(super) const MAX_ID: u32 = i32::MAX.unsigned_abs();
 
 /// The resolved user of a process.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -231,6 +231,53 @@ mod tests {
         for bad in ["nobody", "-1", "2147483648", "sailor:nogroup"] {
             assert!(resolve(image.path(), bad, &plain).is_err(), "{bad}");
         }
+    }
+
+    /// GHSA-jpcc-p29g-p8mq: tables of an image are read with bounds, and only within it.
+    #[test]
+    fn tables_of_an_image_are_bounded() {
+        let image = image();
+        let etc = image.path().join("etc");
+        let plain = LinuxContainerSecurityContext::default();
+        // A terabyte that takes no space.
+        let huge = std::fs::File::create(etc.join("group")).unwrap();
+        huge.set_len(1 << 40).unwrap();
+        assert_eq!(
+            gids(image.path(), "sailor", &plain),
+            (1000, 1001, vec![1001])
+        );
+        assert!(table(image.path(), "etc/group").unwrap().len() <= 4 << 20);
+        // A fifo that nobody writes to.
+        std::fs::remove_file(etc.join("group")).unwrap();
+        nix::unistd::mkfifo(&etc.join("group"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(table(image.path(), "etc/group").unwrap(), "");
+        // A link to the host's own.
+        std::fs::remove_file(etc.join("passwd")).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", etc.join("passwd")).unwrap();
+        assert_eq!(table(image.path(), "etc/passwd").unwrap(), "");
+    }
+
+    /// GHSA-265r-hfxg-fhmg: a number beyond 2³¹−1 became root.
+    #[test]
+    fn ids_out_of_range_are_refused() {
+        let image = image();
+        let plain = LinuxContainerSecurityContext::default();
+        for bad in [
+            "2147483648",
+            "4294967296",
+            "65536000000",
+            "0:2147483648",
+            "1:-1",
+        ] {
+            let error = resolve(image.path(), bad, &plain).unwrap_err().to_string();
+            assert!(error.contains("out of range"), "{bad}: {error}");
+        }
+        let extra = LinuxContainerSecurityContext {
+            supplemental_groups: vec![1 << 40],
+            ..Default::default()
+        };
+        assert!(resolve(image.path(), "0", &extra).is_err());
+        assert_eq!(gids(image.path(), "2147483647", &plain).0, 2_147_483_647);
     }
 
     #[test]
