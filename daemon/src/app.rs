@@ -13,7 +13,7 @@ use lighter_engine::streaming::Streams;
 use lighter_proto::any;
 use lighter_proto::containerd::types::RuntimeRequest;
 use lighter_proto::errdefs::{Classify as _, WireError, render};
-use lighter_store::metadata::Db;
+use lighter_store::metadata::{Containers, Db};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
@@ -265,7 +265,10 @@ impl App {
         }
         let measured =
             graph.works(kind::MONITOR, "cgroups") && !config.plugins.cgroups.no_prometheus;
-        let pages = metrics_pages(metrics.clone(), measured.then(|| tasks.clone()));
+        let pages = metrics_pages(
+            metrics.clone(),
+            measured.then(|| (tasks.clone(), db.containers())),
+        );
         if let Some(address) = &config.metrics {
             let listener = listen::tcp(address).await?;
             tracker.spawn(http::serve_tcp(listener, Arc::clone(&pages), stop.clone()));
@@ -484,7 +487,7 @@ fn debug_socket(config: &Config) -> Option<Socket> {
 }
 
 /// The metrics; those of tasks too where `tasks` are given.
-fn metrics_pages(metrics: Metrics, tasks: Option<Manager>) -> http::Pages {
+fn metrics_pages(metrics: Metrics, tasks: Option<(Manager, Containers)>) -> http::Pages {
     Arc::new(move |path| {
         let known = matches!(path, "/v1/metrics" | "/metrics");
         let (metrics, tasks) = (metrics.clone(), tasks.clone());
@@ -493,7 +496,7 @@ fn metrics_pages(metrics: Metrics, tasks: Option<Manager>) -> http::Pages {
                 return None;
             }
             let more = match &tasks {
-                Some(tasks) => task_metrics::text(tasks).await,
+                Some((tasks, containers)) => task_metrics::text(tasks, containers).await,
                 None => String::new(),
             };
             let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";

@@ -96,6 +96,7 @@ pub(crate) fn to_latest(mut table: Table, path: &Path) -> Result<Table, Error> {
     if version > 3 {
         hoist_servers(&mut table);
     }
+    rename_monitors(&mut table);
     rename_shim_manager(&mut table);
     table.insert("version".to_owned(), Value::Integer(LATEST));
     Ok(table)
@@ -219,6 +220,27 @@ fn hoist_servers(table: &mut Table) {
     }
     for (name, server) in moved {
         table.insert(name, server);
+    }
+}
+
+/// Plugins that had other types before version 3; a table under the new name wins.
+fn rename_monitors(table: &mut Table) {
+    let Some(Value::Table(plugins)) = table.get_mut("plugins") else {
+        return;
+    };
+    for (old, new) in [
+        (
+            "io.containerd.internal.v1.restart",
+            "io.containerd.monitor.container.v1.restart",
+        ),
+        (
+            "io.containerd.monitor.v1.cgroups",
+            "io.containerd.monitor.task.v1.cgroups",
+        ),
+    ] {
+        if let Some(found) = plugins.remove(old) {
+            plugins.entry(new).or_insert(found);
+        }
     }
 }
 

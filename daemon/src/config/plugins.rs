@@ -195,7 +195,7 @@ pub(crate) struct UnpackConfig {
     pub(crate) layer_types: Vec<String>,
 }
 
-/// `io.containerd.internal.v1.restart` or `io.containerd.monitor.container.v1.restart`
+/// `io.containerd.monitor.container.v1.restart`
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Restart {
@@ -211,7 +211,7 @@ impl Default for Restart {
     }
 }
 
-/// `io.containerd.monitor.task.v1.cgroups`, `io.containerd.monitor.v1.cgroups` before version 3
+/// `io.containerd.monitor.task.v1.cgroups`
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Cgroups {
@@ -273,22 +273,9 @@ impl Plugins {
     /// # Errors
     /// For an unknown key or a value of the wrong type, with its path.
     pub(crate) fn parse(mut tables: Table) -> Result<(Self, Vec<String>), Error> {
-        let mut restart = None;
-        for name in [
-            "io.containerd.internal.v1.restart",
-            "io.containerd.monitor.container.v1.restart",
-        ] {
-            restart = take(&mut tables, name)?.or(restart);
-        }
-        let mut cgroups = None;
-        for name in [
-            "io.containerd.monitor.v1.cgroups",
-            "io.containerd.monitor.task.v1.cgroups",
-        ] {
-            cgroups = take(&mut tables, name)?.or(cgroups);
-        }
         let plugins = Self {
-            cgroups: cgroups.unwrap_or_default(),
+            cgroups: take(&mut tables, "io.containerd.monitor.task.v1.cgroups")?
+                .unwrap_or_default(),
             scheduler: take(&mut tables, "io.containerd.gc.v1.scheduler")?.unwrap_or_default(),
             metadata: take(&mut tables, "io.containerd.metadata.v1.bolt")?.unwrap_or_default(),
             overlayfs: take(&mut tables, "io.containerd.snapshotter.v1.overlayfs")?
@@ -300,7 +287,8 @@ impl Plugins {
             shim_manager: take(&mut tables, "io.containerd.shim.v1.manager")?.unwrap_or_default(),
             diff: take(&mut tables, "io.containerd.service.v1.diff-service")?.unwrap_or_default(),
             transfer: take(&mut tables, "io.containerd.transfer.v1.local")?.unwrap_or_default(),
-            restart: restart.unwrap_or_default(),
+            restart: take(&mut tables, "io.containerd.monitor.container.v1.restart")?
+                .unwrap_or_default(),
             verifier: take(&mut tables, "io.containerd.image-verifier.v1.bindir")?
                 .unwrap_or_default(),
             nri: take(&mut tables, "io.containerd.nri.v1.nri")?.unwrap_or_default(),

@@ -12,6 +12,8 @@ use lighter_engine::runtime::{Manager, Status};
 use lighter_proto::any;
 use lighter_proto::errdefs::render;
 use lighter_proto::io::containerd::cgroups::{v1, v2};
+use lighter_store::Scope;
+use lighter_store::metadata::Containers;
 use tracing::debug;
 
 /// Tasks asked at once.
@@ -234,6 +236,8 @@ const V2: &[Metric<v2::Metrics>] = &[
 struct Sample<S> {
     id: String,
     namespace: String,
+    /// Name of its runtime, as the container's record has it.
+    runtime: String,
     stats: S,
 }
 
@@ -245,7 +249,7 @@ struct Samples {
 }
 
 /// The metrics of all tasks that have a process, as text without an end mark.
-pub(crate) async fn text(tasks: &Manager) -> String {
+pub(crate) async fn text(tasks: &Manager, containers: &Containers) -> String {
     let mut handles = Vec::new();
     for (namespace, _) in tasks.counts() {
         handles.extend(tasks.list(&namespace).await);
@@ -258,6 +262,9 @@ pub(crate) async fn text(tasks: &Manager) -> String {
     let mut samples = Samples::default();
     while let Some((answer, task)) = asked.next().await {
         let (id, namespace) = (task.id().to_owned(), task.namespace().to_string());
+        let scope = Scope::new(task.namespace().clone());
+        let runtime = containers.get(&scope, &id).map(|c| c.runtime.name);
+        let runtime = runtime.unwrap_or_default();
         let stats = match answer {
             Ok(stats) => stats,
             Err(error) => {
@@ -269,12 +276,14 @@ pub(crate) async fn text(tasks: &Manager) -> String {
             samples.v1.push(Sample {
                 id,
                 namespace,
+                runtime,
                 stats,
             });
         } else if let Ok(stats) = any::unpack::<v2::Metrics>(&stats) {
             samples.v2.push(Sample {
                 id,
                 namespace,
+                runtime,
                 stats,
             });
         }
@@ -300,10 +309,11 @@ fn collect<S>(metrics: &[Metric<S>], samples: &[Sample<S>], families: &mut Famil
                 let (_, lines) = family.or_insert_with(|| (metric.help, String::new()));
                 let _ = write!(
                     lines,
-                    "{}{{container_id=\"{}\",namespace=\"{}\"",
+                    "{}{{container_id=\"{}\",namespace=\"{}\",runtime=\"{}\"",
                     metric.name,
                     escaped(&sample.id),
-                    escaped(&sample.namespace)
+                    escaped(&sample.namespace),
+                    escaped(&sample.runtime)
                 );
                 for (name, text) in labels {
                     let _ = write!(lines, ",{name}=\"{}\"", escaped(text));
@@ -329,6 +339,7 @@ mod tests {
         let sample = Sample {
             id: "c".to_owned(),
             namespace: "n".to_owned(),
+            runtime: "r".to_owned(),
             stats,
         };
         let mut families = Families::new();
@@ -371,12 +382,12 @@ mod tests {
         let found = lines(V1, stats);
         assert_eq!(
             found["container_pids_current"],
-            "container_pids_current{container_id=\"c\",namespace=\"n\"} 3\n"
+            "container_pids_current{container_id=\"c\",namespace=\"n\",runtime=\"r\"} 3\n"
         );
         assert_eq!(
             found["container_blkio_io_serviced_recursive_total"],
             "container_blkio_io_serviced_recursive_total{container_id=\"c\",namespace=\"n\",\
-             op=\"Read\",device=\"/dev/\\\"x\",major=\"8\",minor=\"1\"} 7\n"
+             runtime=\"r\",op=\"Read\",device=\"/dev/\\\"x\",major=\"8\",minor=\"1\"} 7\n"
         );
         assert_eq!(found.len(), 3);
     }

@@ -55,7 +55,8 @@ fn start() -> anyhow::Result<()> {
         .spawn()?;
     for _ in 0..500 {
         if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
-            let address = format!("unix://{}", socket.display());
+            // Upstream dials gRPC shims by plain path.
+            let address = socket.display();
             println!(r#"{{"version":3,"address":"{address}","protocol":"grpc"}}"#);
             return Ok(());
         }

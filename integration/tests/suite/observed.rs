@@ -57,8 +57,10 @@ async fn running_tasks_and_requests_are_measured() -> Result {
     };
     let namespace = daemon.namespace().to_owned();
     let value = |page: &str, name: &str| -> Option<f64> {
-        let start =
-            format!("container_{name}{{container_id=\"sleeper\",namespace=\"{namespace}\"}} ");
+        let start = format!(
+            "container_{name}{{container_id=\"sleeper\",namespace=\"{namespace}\",\
+             runtime=\"io.containerd.runc.v2\"}} "
+        );
         let line = page.lines().find(|line| line.starts_with(&start))?;
         line[start.len()..].parse().ok()
     };
@@ -117,7 +119,11 @@ async fn a_signal_and_the_debug_socket_tell_what_is_under_way() -> Result {
     let mut events = client.events();
     let everything =
         lighter_proto::containerd::services::events::v1::SubscribeRequest { filters: vec![] };
-    let waits = tokio::spawn(async move { events.subscribe(everything).await.map(drop) });
+    let waits = tokio::spawn(async move {
+        let open = events.subscribe(everything).await;
+        std::future::pending::<()>().await;
+        drop(open);
+    });
     kill(Pid::from_raw(daemon.pid()?), Signal::SIGUSR1)?;
     let dump = eventually("a dump is written", async || {
         for entry in std::fs::read_dir(temp.path())? {

@@ -295,9 +295,10 @@ async fn channel(stream: Watched<UnixStream>) -> Result<Channel, WireError> {
         .map_err(|e| WireError::new(ErrorKind::Unavailable, e.to_string()))
 }
 
-/// Connects to `unix://path`, to a hybrid vsock (`hvsock://path:port`), or to an abstract name.
+/// Connects to `unix://path` or a plain path (as shims over gRPC answer), to a hybrid vsock (`hvsock://path:port`), or to an abstract name.
 async fn dial(address: &str) -> io::Result<UnixStream> {
-    if let Some(path) = address.strip_prefix("unix://") {
+    let plain = address.starts_with('/').then_some(address);
+    if let Some(path) = address.strip_prefix("unix://").or(plain) {
         return UnixStream::connect(path).await;
     }
     if let Some(rest) = address.strip_prefix("hvsock://") {
