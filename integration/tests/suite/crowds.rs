@@ -114,18 +114,28 @@ async fn many_open_ingests_leave_room_for_others() -> Result {
     })
     .await?;
     assert_eq!(statuses(&client).await?, count, "what was written stays");
+    let mut aborting = tokio::task::JoinSet::new();
     for n in 0..count {
-        let reference = format!("ref-{n}");
-        eventually("the ingest is free", async || {
-            let abort = content::AbortRequest {
-                r#ref: reference.clone(),
-            };
-            match client.content().abort(abort).await {
-                Err(status) if status.code() == Code::Unavailable => Ok(None),
-                other => Ok(Some(other.map(drop)?)),
-            }
-        })
-        .await?;
+        let client = client.clone();
+        aborting.spawn(async move {
+            let reference = format!("ref-{n}");
+            eventually("the ingest is free", async || {
+                let abort = content::AbortRequest {
+                    r#ref: reference.clone(),
+                };
+                match client.content().abort(abort).await {
+                    Err(status) if status.code() == Code::Unavailable => Ok(None),
+                    other => Ok(Some(other.map(drop)?)),
+                }
+            })
+            .await
+        });
+        if aborting.len() >= 64 {
+            aborting.join_next().await.transpose()?.transpose()?;
+        }
+    }
+    while let Some(done) = aborting.join_next().await {
+        done??;
     }
     assert_eq!(statuses(&client).await?, 0);
     daemon.finish().await

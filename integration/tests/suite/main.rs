@@ -44,3 +44,4 @@ mod run;
 mod shims;
 mod snapshots;
 mod terminal;
+mod transfer;

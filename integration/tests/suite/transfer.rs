@@ -1,0 +1,174 @@
+//! Transfers: pairs that there are and pairs that there are not, streams, the same archive again.
+
+use lighter_integration::{Client, Daemon, Image, Result, eventually};
+use lighter_proto::any;
+use lighter_proto::containerd::services::images::v1 as images;
+use lighter_proto::containerd::services::streaming::v1::StreamInit;
+use lighter_proto::containerd::services::transfer::v1::{TransferOptions, TransferRequest};
+use lighter_proto::containerd::types::transfer as types;
+use prost::Name;
+use prost_types::Any;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status};
+
+async fn transfer(
+    client: &Client,
+    source: Any,
+    destination: Any,
+    progress: &str,
+) -> Result<(), Status> {
+    let request = TransferRequest {
+        source: Some(source),
+        destination: Some(destination),
+        options: Some(TransferOptions {
+            progress_stream: progress.to_owned(),
+        }),
+    };
+    client.transfer().transfer(request).await.map(drop)
+}
+
+fn store(name: &str) -> Any {
+    any::pack(&types::ImageStore {
+        name: name.to_owned(),
+        ..Default::default()
+    })
+}
+
+/// Opens a stream; what comes from the daemon, and where to send.
+async fn open(
+    client: &Client,
+    id: &str,
+) -> Result<(mpsc::Sender<Any>, tonic::Streaming<Any>), Status> {
+    let (requests, outgoing) = mpsc::channel(4);
+    let init = any::pack(&StreamInit { id: id.to_owned() });
+    requests.send(init).await.expect("there is room");
+    let outgoing = ReceiverStream::new(outgoing);
+    let mut answers = client.streaming().stream(outgoing).await?.into_inner();
+    answers.message().await?;
+    Ok((requests, answers))
+}
+
+/// Imports `archive` the way clients do; returns the events of its progress.
+async fn import(client: &Client, archive: &[u8], round: u32) -> Result<Vec<String>> {
+    let (data_id, progress_id) = (format!("data-{round}"), format!("progress-{round}"));
+    let (data, mut window) = open(client, &data_id).await?;
+    let (_open, mut progress) = open(client, &progress_id).await?;
+    let archive = archive.to_vec();
+    let feeder = tokio::spawn(async move {
+        let mut left = &archive[..];
+        let mut granted = 0_usize;
+        while !left.is_empty() {
+            while granted == 0 {
+                let Ok(Some(message)) = window.message().await else {
+                    return;
+                };
+                let update: types::WindowUpdate = any::unpack(&message).expect("an update");
+                granted += usize::try_from(update.update).unwrap_or_default();
+            }
+            let (now, later) = left.split_at(left.len().min(32 << 10).min(granted));
+            granted -= now.len();
+            let message = any::pack(&types::Data { data: now.to_vec() });
+            if data.send(message).await.is_err() {
+                return;
+            }
+            left = later;
+        }
+    });
+    let events = tokio::spawn(async move {
+        let mut events = Vec::new();
+        while let Ok(Some(message)) = progress.message().await {
+            if let Ok(event) = any::unpack::<types::Progress>(&message) {
+                events.push(event.event);
+            }
+        }
+        events
+    });
+    let source = any::pack(&types::ImageImportStream {
+        stream: data_id,
+        ..Default::default()
+    });
+    transfer(client, source, store(""), &progress_id).await?;
+    feeder.await?;
+    Ok(tokio::time::timeout(std::time::Duration::from_secs(20), events).await??)
+}
+
+#[tokio::test]
+async fn the_same_archive_is_imported_again_and_again() -> Result {
+    let daemon = Daemon::start().await?;
+    let client = daemon.client().await?;
+    if !client.is_recent().await? {
+        return daemon.finish().await;
+    }
+    let image = Image::busybox("docker.io/test/again:1")?;
+    let archive = image.oci_archive()?;
+    let get = images::GetImageRequest {
+        name: image.name.clone(),
+    };
+    for round in 0..4 {
+        let events = import(&client, &archive, round).await?;
+        assert!(!events.is_empty(), "round {round} tells of its progress");
+        let found = client.images().get(get.clone()).await?.into_inner().image;
+        let target = found.and_then(|image| image.target).unwrap_or_default();
+        assert_eq!(target.digest, image.manifest.digest);
+        assert_eq!(client.read_blob(&target.digest).await?, image.manifest.data);
+        if round == 1 {
+            // The record goes, the blobs wait for a collection.
+            let delete = images::DeleteImageRequest {
+                name: image.name.clone(),
+                sync: false,
+                target: None,
+            };
+            client.images().delete(delete).await?;
+        }
+        if round == 2 {
+            client.collect().await?;
+        }
+    }
+    daemon.finish().await
+}
+
+#[tokio::test]
+async fn a_pair_that_makes_no_sense_is_named() -> Result {
+    let daemon = Daemon::start().await?;
+    let client = daemon.client().await?;
+    if !client.is_recent().await? {
+        return daemon.finish().await;
+    }
+    let registry = any::pack(&types::OciRegistry {
+        reference: "localhost:1/a:1".to_owned(),
+        ..Default::default()
+    });
+    let status = transfer(&client, registry.clone(), registry, "").await;
+    let status = status.expect_err("no such pair");
+    assert_eq!(status.code(), Code::Unimplemented, "{status}");
+    assert!(status.message().contains("not implemented"), "{status}");
+    let import = any::pack(&types::ImageImportStream {
+        stream: "nosuch".to_owned(),
+        ..Default::default()
+    });
+    let status = transfer(&client, import, store("x"), "")
+        .await
+        .expect_err("no such stream");
+    assert_eq!(status.code(), Code::NotFound, "{status}");
+    let unknown = Any {
+        type_url: "example.com/no.such.Type".to_owned(),
+        value: vec![],
+    };
+    let status = transfer(&client, store("x"), unknown, "").await;
+    status.expect_err("no such destination");
+    let status = transfer(&client, store("nosuch:1"), store("other:1"), "").await;
+    assert_eq!(status.expect_err("no such image").code(), Code::NotFound);
+    assert_eq!(
+        types::ImageStore::full_name(),
+        "containerd.types.transfer.ImageStore"
+    );
+    eventually("nothing is left", async || {
+        let leases =
+            lighter_proto::containerd::services::leases::v1::ListRequest { filters: vec![] };
+        let left = client.leases().list(leases).await?.into_inner().leases;
+        Ok(left.is_empty().then_some(()))
+    })
+    .await?;
+    daemon.finish().await
+}
