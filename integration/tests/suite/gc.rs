@@ -136,6 +136,7 @@ async fn a_mount_activation_goes_with_what_keeps_it() -> Result {
     let leased = activate(&client.under_lease("l"), "leased", &[]).await?;
     let bref = ("containerd.io/gc.bref.container", "keeper");
     let kept = activate(&client, "kept", &[bref]).await?;
+    let free = activate(&client, "free", &[]).await?;
     client.collect().await?;
     assert!(is_mounted(&leased) && is_mounted(&kept));
     end_lease(&client, "l").await?;
@@ -156,6 +157,13 @@ async fn a_mount_activation_goes_with_what_keeps_it() -> Result {
         assert_eq!(gone.code(), Code::NotFound, "{gone}");
     }
     assert!(!Path::new(&kept).exists());
+    // Nobody was named to decide about this one: ours leaves it to its client, containerd takes it.
+    assert_eq!(is_mounted(&free), daemon.subject() == Subject::Lighter);
+    if daemon.subject() == Subject::Lighter {
+        let name = "free".to_owned();
+        let request = svc::mounts::v1::DeactivateRequest { name };
+        client.mounts().deactivate(request).await?;
+    }
     daemon.finish().await
 }
 
