@@ -1,6 +1,5 @@
 //! What a person sees from outside: metrics, the debug socket, the dump on a signal, the revision.
 
-use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 
