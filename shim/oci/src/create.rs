@@ -23,7 +23,7 @@ use crate::seccomp::Program;
 use crate::spawn::{self, Birth, Newborn};
 use crate::spec::{Linux, Process, Spec};
 use crate::state::{self, Directory, Record, check_id, process_stat};
-use crate::sys::{CLONE_NEWTIME, CloneRequest};
+use crate::sys::{self, CLONE_NEWTIME, CloneRequest};
 use crate::{hooks, netdev, resctrl};
 
 /// What is undone when creating fails.
@@ -210,9 +210,11 @@ impl Creation<'_> {
         let sources = self.open_sources(foreign_user)?;
         let start = self.directory.make_start()?;
         let failure = self.directory.make_failure()?;
-        let joined_pid = self
-            .namespaces
-            .joins(libc::CLONE_NEWPID)
+        let through_helper = self.namespaces.joins(libc::CLONE_NEWUSER).is_some();
+        let target_pid = self.namespaces.joins(libc::CLONE_NEWPID);
+        // A helper that was born there itself would tell its child's id as it is known there.
+        let joined_pid = target_pid
+            .filter(|_| !through_helper)
             .map(ForChildren::pid)
             .transpose()?;
         let own_time = self
@@ -234,7 +236,7 @@ impl Creation<'_> {
                 sibling: self.request.parentage == Parentage::Sibling,
                 cgroup: born.as_ref().map(AsFd::as_fd),
             },
-            through_helper: self.namespaces.joins(libc::CLONE_NEWUSER).is_some(),
+            through_helper,
         };
         let view = group.map_or_else(CgroupView::none, Group::view);
         let child = |channel: Channel, joined: bool| {
@@ -267,7 +269,13 @@ impl Creation<'_> {
             &birth,
             parent_end,
             child_end,
-            || self.namespaces.join(),
+            || {
+                if let Some(target) = target_pid {
+                    sys::setns(target.as_fd(), libc::CLONE_NEWPID)
+                        .context(|| "join the pid namespace")?;
+                }
+                self.namespaces.join()
+            },
             child,
         )?;
         drop((joined_pid, own_time));
