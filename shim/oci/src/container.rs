@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -31,8 +32,12 @@ pub enum Deletion {
     Forced,
 }
 
-/// How long a killed init may take to end before deleting gives up, in seconds.
-const KILL_TIMEOUT_S: i64 = 10;
+/// How long a killed init may take to end before deleting gives up.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long deleting waits for an init that may be about to end: who has seen the program's last output may be
+/// faster than its exit.
+const EXIT_GRACE: Duration = Duration::from_millis(100);
 
 /// A container that exists.
 #[derive(Debug)]
@@ -299,6 +304,7 @@ impl<'a> Container<'a> {
         match (self.status(record), deletion) {
             (Status::Stopped, _) => {}
             (Status::Created | Status::Creating, _) | (_, Deletion::Forced) => end_init(record)?,
+            (Status::Running, Deletion::Stopped) if ends_soon(record) => {}
             (status, Deletion::Stopped) => {
                 return Err(Error::State(format!(
                     "cannot delete container {} that is not stopped: {}",
@@ -370,10 +376,9 @@ fn signal_from(number: i32) -> Result<Signal> {
 }
 
 /// Waits for events on a descriptor (errors and hang-ups always count); `false` when the time is over.
-fn wait_for(fd: &OwnedFd, events: PollFlags, timeout_s: Option<i64>) -> Result<bool> {
-    let timeout = timeout_s.map(|seconds| rustix::event::Timespec {
-        tv_sec: seconds,
-        tv_nsec: 0,
+fn wait_for(fd: &OwnedFd, events: PollFlags, timeout: Option<Duration>) -> Result<bool> {
+    let timeout = timeout.map(|timeout| {
+        rustix::event::Timespec::try_from(timeout).expect("timeouts here are seconds")
     });
     loop {
         let mut polled = [PollFd::new(fd, events)];
@@ -397,10 +402,18 @@ fn end_init(record: &Record) -> Result<()> {
     {
         group.thaw()?;
     }
-    if wait_for(&init, PollFlags::IN, Some(KILL_TIMEOUT_S))? {
+    if wait_for(&init, PollFlags::IN, Some(KILL_TIMEOUT))? {
         Ok(())
     } else {
         Err(Error::State("container init still running".into()))
+    }
+}
+
+/// Whether init ends by itself within the grace.
+fn ends_soon(record: &Record) -> bool {
+    match open_init(record) {
+        Ok(init) => wait_for(&init, PollFlags::IN, Some(EXIT_GRACE)).unwrap_or(false),
+        Err(_) => true,
     }
 }
 

@@ -131,7 +131,7 @@ fn move_one(
         .find(|(_, found)| *found == name)
         .map(|(index, _)| *index)
     else {
-        return Err(Error::Process("there is no such interface".into()));
+        return Err(Error::Spec("there is no such interface".into()));
     };
     let addresses = here.addresses(index).context(|| "read its addresses")?;
     let before = there
@@ -149,7 +149,7 @@ fn move_one(
         .context(|| "list the container's interfaces")?;
     let moved = after.iter().find(|(index, _)| !before.contains_key(index));
     let Some((&index, _)) = moved else {
-        return Err(Error::Process("it did not arrive".into()));
+        return Err(Error::State("it did not arrive".into()));
     };
     for address in addresses {
         there

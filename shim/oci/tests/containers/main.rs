@@ -7,6 +7,8 @@
 
 mod bundle;
 mod confinement;
+mod devices_numa;
+mod escape;
 mod joining;
 mod lifecycle;
 mod mounts;
