@@ -41,6 +41,7 @@ mod records;
 mod restart;
 mod restart_monitor;
 mod run;
+mod runtimes;
 mod shims;
 mod snapshots;
 mod terminal;

@@ -19,8 +19,11 @@ use crate::fact::{Fact, Known};
 const DISK_BYTES: u64 = 512 << 20;
 /// How long a boot with its comparison may take: emulated, on a machine that does other things as well.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(240);
-/// How long the machine works before its power is cut.
-const WORK_MS: std::ops::Range<u64> = 300..6_000;
+/// How much the machine gets acknowledged before its power is cut, how long it may take for that, and how much later the
+/// cut comes, at most.
+const WORK_FACTS: std::ops::Range<usize> = 5..80;
+const WORK_TIMEOUT: Duration = Duration::from_secs(60);
+const DELAY_MS: std::ops::Range<u64> = 0..400;
 
 struct Machine {
     child: Child,
@@ -56,7 +59,7 @@ pub(crate) fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
     let mut known = Known::default();
     for round in 0..=rounds {
         let machine = boot(&dir, &command, &medium, &known)?;
-        let compared = listen(&machine, &mut known, None)?;
+        let compared = listen(&machine, &mut known, usize::MAX, BOOT_TIMEOUT)?;
         let Some(compared) = compared else {
             anyhow::bail!("round {round}: the machine did not come up");
         };
@@ -64,13 +67,16 @@ pub(crate) fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
             println!("round {round}: {compared} things compared, all right");
             break;
         }
-        let time = Duration::from_millis(rand::rng().random_range(WORK_MS));
+        let mut random = rand::rng();
+        let facts = random.random_range(WORK_FACTS);
+        let delay = Duration::from_millis(random.random_range(DELAY_MS));
         let before = known.there.len();
-        listen(&machine, &mut known, Some(time))?;
+        listen(&machine, &mut known, facts, WORK_TIMEOUT)?;
+        listen(&machine, &mut known, usize::MAX, delay)?;
         let cut = machine.disk.cut()?;
         drop(machine);
         println!(
-            "round {round}: {compared} compared, all right; {} more acknowledged, then cut after {time:?} and {} flushes: {} of {} unflushed writes lost",
+            "round {round}: {compared} compared, all right; {} more acknowledged, then cut after {} flushes: {} of {} unflushed writes lost",
             known.there.len().saturating_sub(before),
             cut.flushes,
             cut.lost,
@@ -128,10 +134,16 @@ fn boot(dir: &Path, command: &[String], medium: &File, known: &Known) -> Result<
     Ok(Machine { child, facts, disk })
 }
 
-/// Takes in what the guest says: until it has compared, or for a time. Returns how much was compared.
-fn listen(machine: &Machine, known: &mut Known, time: Option<Duration>) -> Result<Option<usize>> {
-    let end = Instant::now() + time.unwrap_or(BOOT_TIMEOUT);
-    loop {
+/// Takes in what the guest says: until it has compared, has said so many facts, or the time is over. Returns how much was
+/// compared.
+fn listen(
+    machine: &Machine,
+    known: &mut Known,
+    facts: usize,
+    time: Duration,
+) -> Result<Option<usize>> {
+    let end = Instant::now() + time;
+    for _ in 0..facts {
         let left = end.saturating_duration_since(Instant::now());
         match machine.facts.recv_timeout(left) {
             Ok(Fact::Compared(count)) => return Ok(Some(count)),
@@ -141,4 +153,5 @@ fn listen(machine: &Machine, known: &mut Known, time: Option<Duration>) -> Resul
             Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the machine ended by itself"),
         }
     }
+    Ok(None)
 }
