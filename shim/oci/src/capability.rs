@@ -32,6 +32,21 @@ fn mask(names: &[String]) -> u64 {
         .fold(0, |mask, bit| mask | bit)
 }
 
+/// Names that this list does not have, each once.
+pub(crate) fn unknown(capabilities: &Capabilities) -> Vec<&str> {
+    let sets = [
+        &capabilities.bounding,
+        &capabilities.effective,
+        &capabilities.permitted,
+        &capabilities.inheritable,
+        &capabilities.ambient,
+    ];
+    let names = sets.into_iter().flatten().map(String::as_str);
+    let unknown: std::collections::BTreeSet<&str> =
+        names.filter(|name| bit(name).is_none()).collect();
+    unknown.into_iter().collect()
+}
+
 /// The sets of a process, as bits.
 #[derive(Debug)]
 pub(crate) struct Wanted {

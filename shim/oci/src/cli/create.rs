@@ -190,6 +190,7 @@ pub(super) fn create(context: &Context, words: Vec<String>) -> Result<Status> {
     let id = one_id("create", words)?;
     let bundle = bundle(&arguments)?;
     let mut spec = Spec::load(&bundle)?;
+    context.warn_of_capabilities(spec.process.as_ref());
     let handover = Handover::new(&arguments);
     handover.check(
         true,
@@ -226,6 +227,7 @@ pub(super) fn run(context: &Context, words: Vec<String>) -> Result<Status> {
     let id = one_id("run", words)?;
     let bundle = bundle(&arguments)?;
     let mut spec = Spec::load(&bundle)?;
+    context.warn_of_capabilities(spec.process.as_ref());
     let terminal = spec
         .process
         .as_ref()

@@ -44,6 +44,7 @@ pub(super) fn exec(context: &Context, words: Vec<String>) -> Result<Status> {
         Some(path) => Process::load(Path::new(path))?,
         None => process_from(&arguments, words, &container.state()?.bundle)?,
     };
+    context.warn_of_capabilities(Some(&process));
     let detached = arguments.is_set("detach");
     let handover = Handover::new(&arguments);
     handover.check(detached, process.terminal)?;

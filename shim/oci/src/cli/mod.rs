@@ -69,6 +69,20 @@ pub(crate) struct Context {
     pub(crate) inherited_fds: u32,
 }
 
+impl Context {
+    /// Says which capabilities of a process are ignored, in runc's words.
+    pub(crate) fn warn_of_capabilities(&self, process: Option<&crate::spec::Process>) {
+        let sets = process.and_then(|process| process.capabilities.as_ref());
+        let unknown = sets.map(crate::capability::unknown).unwrap_or_default();
+        if !unknown.is_empty() {
+            self.log.warn(&format!(
+                "ignoring unknown or unavailable capabilities: [{}]",
+                unknown.join(" ")
+            ));
+        }
+    }
+}
+
 /// Runs the command line of this process.
 #[must_use]
 pub fn main() -> ExitCode {

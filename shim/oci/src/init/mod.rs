@@ -331,7 +331,12 @@ impl Init<'_> {
             .filter(|hooks| !hooks.start_container.is_empty())
         {
             let state = self.state(pid, "created");
-            if let Err(error) = hooks::run("startContainer", &hooks.start_container, &state) {
+            // Inside the container a hook without an environment of its own has the program's, as with runc.
+            let mut hooks = hooks.start_container.clone();
+            for hook in hooks.iter_mut().filter(|hook| hook.env.is_empty()) {
+                hook.env.clone_from(&self.process().env);
+            }
+            if let Err(error) = hooks::run("startContainer", &hooks, &state) {
                 return error;
             }
         }

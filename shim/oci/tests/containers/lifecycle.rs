@@ -275,6 +275,44 @@ fn hooks_run_in_their_place_with_the_state() {
 }
 
 #[test]
+fn a_hook_inside_without_an_environment_has_the_programs() {
+    let Some(bundle) = bundle(&["true"]) else {
+        return;
+    };
+    let hook = |script: &str| json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
+    let bundle = bundle
+        .set("/process/env", json!(["PATH=/bin", "WORD=the program's"]))
+        .set(
+            "/hooks",
+            json!({
+                "startContainer": [hook("test \"$WORD\" = \"the program's\"")],
+                "createRuntime": [hook("test -z \"$WORD$HOME\"")],
+            }),
+        );
+    bundle.output();
+}
+
+#[test]
+fn unknown_capabilities_are_ignored_and_said() {
+    let Some(bundle) = bundle(&["echo", "ran"]) else {
+        return;
+    };
+    let caps = json!(["CAP_KILL", "CAP_FUTURE"]);
+    let bundle = bundle.set(
+        "/process/capabilities",
+        json!({"bounding": caps, "effective": caps, "permitted": caps}),
+    );
+    let said = bundle.run();
+    assert_eq!(said.out, "ran", "{}", said.err);
+    assert!(
+        said.err
+            .contains("ignoring unknown or unavailable capabilities: [CAP_FUTURE]"),
+        "{}",
+        said.err
+    );
+}
+
+#[test]
 fn a_failing_hook_fails_create_and_leaves_nothing() {
     for kind in ["prestart", "createRuntime", "createContainer"] {
         let Some(bundle) = bundle(&["sleep", "60"]) else {
