@@ -2,7 +2,8 @@
 //!
 //! Records decide. A directory whose number no record has is garbage, and so is anything there that
 //! is not a number; a number is never used twice while something of that name exists. New
-//! directories are not synced: one lost with the power is found missing at the next open.
+//! directories are not synced: an active snapshot's that was lost with the power is made again at
+//! the next open.
 
 use std::fs;
 use std::io;

@@ -26,6 +26,11 @@ pub(crate) trait Driver: Send + Sync + fmt::Debug + 'static {
     /// Makes the directory of a new snapshot.
     fn create(&self, dirs: &Dirs, record: &Record) -> Result<(), Error>;
 
+    /// Whether everything that [`Driver::create`] makes is there for an active snapshot or view.
+    fn is_whole(&self, dirs: &Dirs, record: &Record) -> bool {
+        dirs.path(record.id).is_dir()
+    }
+
     /// The mounts of an active snapshot or view.
     fn mounts(&self, dirs: &Dirs, record: &Record) -> Result<Vec<Mount>, Error>;
 
@@ -151,11 +156,30 @@ impl<D: Driver> Inner<D> {
         let known: HashSet<u64> = records.iter().map(|r| r.id).collect();
         let mut lost: Vec<&Record> = records
             .iter()
-            .filter(|r| !on_disk.contains(&r.id))
+            .filter(|r| {
+                let open = r.info.kind != Kind::Committed;
+                !on_disk.contains(&r.id) || open && !self.driver.is_whole(&self.dirs, r)
+            })
             .collect();
         // Children before their parents.
         lost.sort_by_key(|r| std::cmp::Reverse(r.parent_ids.len()));
         for record in lost {
+            // What was written to an active snapshot and not synced is lost as on any disk; the snapshot itself was
+            // acknowledged. It is made again, as it was at first. Only a parent that is lost as well prevents that.
+            if record.info.kind != Kind::Committed {
+                self.dirs.remove(record.id)?;
+                match self.driver.create(&self.dirs, record) {
+                    Ok(()) => {
+                        tracing::warn!(key = %record.info.name, id = record.id,
+                            "snapshot without directory made again, empty");
+                        continue;
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, key = %record.info.name, "a lost snapshot");
+                        self.dirs.remove(record.id)?;
+                    }
+                }
+            }
             match self.records.remove(&record.info.name) {
                 Ok((_, ticket)) => {
                     drop(ticket);

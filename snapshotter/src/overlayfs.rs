@@ -155,6 +155,11 @@ impl Driver for Overlay {
         Ok(())
     }
 
+    fn is_whole(&self, dirs: &Dirs, record: &Record) -> bool {
+        let path = dirs.path(record.id);
+        path.join("fs").is_dir() && (record.info.kind != Kind::Active || path.join("work").is_dir())
+    }
+
     fn mounts(&self, dirs: &Dirs, record: &Record) -> Result<Vec<Mount>, Error> {
         let mut options = Vec::with_capacity(8);
         if self.remap_ids {

@@ -287,15 +287,37 @@ async fn a_reopen_reconciles_directories_and_records() {
         .unwrap();
     let upper =
         |mounts: Vec<lighter_snapshotter::Mount>| mounts[0].option("upperdir").unwrap().to_owned();
+    first
+        .prepare("torn", Some("base"), Labels::new())
+        .await
+        .unwrap();
+    first
+        .prepare("sealed", Some("base"), Labels::new())
+        .await
+        .unwrap();
     let lost = upper(first.mounts("lost").await.unwrap());
+    let torn = upper(first.mounts("torn").await.unwrap());
+    let gone = upper(first.mounts("sealed").await.unwrap());
+    first
+        .commit("gone", "sealed", CommitOptions::default())
+        .await
+        .unwrap();
     drop(first);
-    // What kills and power cuts leave: a lost directory, unrecorded ones, another program's.
+    // What kills and power cuts leave: lost directories, half ones, unrecorded ones, another program's.
     std::fs::remove_dir_all(Path::new(&lost).parent().unwrap()).unwrap();
+    std::fs::remove_dir_all(Path::new(&gone).parent().unwrap()).unwrap();
+    std::fs::remove_dir_all(&torn).unwrap();
     for stray in ["99/fs", "new-123/fs", "rm-7"] {
         std::fs::create_dir_all(root.join("snapshots").join(stray)).unwrap();
     }
     let second = open();
-    assert!(second.stat("lost").await.is_err());
+    // An active one was acknowledged and is made again; a committed one without its files is no parent for anybody.
+    for key in ["lost", "torn"] {
+        let fs = upper(second.mounts(key).await.unwrap());
+        assert!(Path::new(&fs).is_dir(), "{key}");
+        assert!(Path::new(&fs).with_file_name("work").is_dir(), "{key}");
+    }
+    assert!(second.stat("gone").await.is_err());
     let names: Vec<_> = second
         .walk()
         .await
@@ -303,7 +325,7 @@ async fn a_reopen_reconciles_directories_and_records() {
         .into_iter()
         .map(|i| i.name)
         .collect();
-    assert_eq!(names, ["active", "base"]);
+    assert_eq!(names, ["active", "base", "lost", "torn"]);
     let fresh = upper(
         second
             .prepare("fresh", Some("base"), Labels::new())
@@ -320,7 +342,7 @@ async fn a_reopen_reconciles_directories_and_records() {
         .map(|e| e.unwrap().file_name().into_string().unwrap())
         .collect();
     left.sort();
-    assert_eq!(left, ["1", "100", "3"]);
+    assert_eq!(left, ["1", "100", "2", "3", "4"]);
 }
 
 #[tokio::test]
