@@ -11,7 +11,11 @@ use lighter_proto::errdefs::ErrorKind;
 use crate::error::{Error, Result};
 
 /// How long a call waits for the one before it.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = if cfg!(test) {
+    Duration::from_millis(50)
+} else {
+    Duration::from_secs(30)
+};
 
 #[derive(Debug, Clone, Copy)]
 struct Step {
@@ -106,7 +110,7 @@ impl Drop for Taken<'_> {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_call_that_waits_too_long_is_told_why() {
         let turn = Turn::default();
         let first = turn.take("RunPodSandbox", "pod x").await.unwrap();

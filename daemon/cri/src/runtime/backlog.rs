@@ -140,7 +140,10 @@ mod tests {
             got += 1;
         }
         assert_eq!(got, QUEUE);
-        assert!(slow.try_recv() == Err(mpsc::error::TryRecvError::Disconnected));
+        assert!(matches!(
+            slow.try_recv(),
+            Err(mpsc::error::TryRecvError::Disconnected)
+        ));
         for _ in 0..KEPT * 2 {
             backlog.publish(event("y"));
         }
