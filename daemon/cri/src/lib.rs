@@ -7,12 +7,10 @@
 //! services over them ([`runtime`], [`plugin`]).
 
 pub mod cdi;
-pub mod cni;
 pub mod config;
 pub mod error;
 pub mod image;
 pub mod json;
-pub mod netns;
 pub mod nri;
 pub mod plugin;
 pub mod runtime;
@@ -25,6 +23,9 @@ pub mod userns;
 
 mod oci;
 mod sys;
+
+pub use lighter_cni as cni;
+pub use lighter_cni::netns;
 
 /// The namespace that everything of the kubelet lives in.
 pub const NAMESPACE: &str = "k8s.io";

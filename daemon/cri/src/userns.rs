@@ -14,7 +14,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result, io as io_error};
-use crate::sys::NamespaceHolder;
+use lighter_cni::NamespaceHolder;
 
 /// The user namespace of a pod of its own; `None` where it uses the machine's.
 #[must_use]

@@ -24,7 +24,10 @@ const PARSER: &str = "apparmor_parser";
 fn default_profile() -> String {
     let proc_denials = [
         ("*", "w"),
-        ("{[^1-9],[^1-9][^0-9],[^1-9s][^0-9y][^0-9s],[^1-9][^0-9][^0-9][^0-9]*}/**", "w"),
+        (
+            "{[^1-9],[^1-9][^0-9],[^1-9s][^0-9y][^0-9s],[^1-9][^0-9][^0-9][^0-9]*}/**",
+            "w",
+        ),
         ("sys/[^kn]**", "w"),
         ("sys/kernel/{?,??,[^s][^h][^m]**}", "w"),
         ("sysrq-trigger", "rwklx"),
@@ -69,7 +72,8 @@ fn default_profile() -> String {
 }
 
 fn is_loaded(list: &str, name: &str) -> bool {
-    list.lines().any(|line| line.split(" (").next() == Some(name))
+    list.lines()
+        .any(|line| line.split(" (").next() == Some(name))
 }
 
 fn loaded(name: &str) -> bool {
@@ -183,7 +187,10 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), default_profile()).unwrap();
         let arguments = ["--skip-kernel-load", "--skip-cache"];
-        let parser = Command::new(PARSER).args(arguments).arg(file.path()).output();
+        let parser = Command::new(PARSER)
+            .args(arguments)
+            .arg(file.path())
+            .output();
         if let Ok(done) = parser {
             let problems = String::from_utf8_lossy(&done.stderr).into_owned();
             assert!(done.status.success(), "{problems}\n{}", default_profile());

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use lighter_cri::cni::{Bandwidth, Capabilities, Cni, Config, IpPreference, Options, PortMapping};
-use lighter_cri::netns;
+use lighter_cni::netns;
+use lighter_cni::{Bandwidth, Capabilities, Cni, Config, IpPreference, Options, PortMapping};
 use nix::sched::{CloneFlags, setns};
 
 const PLUGINS: &str = "/usr/lib/cni";
@@ -174,7 +174,7 @@ fn pods_reach_each_other_and_the_world_and_leave_nothing() {
             .await
             .unwrap();
         println!("second setup: {:?}", started.elapsed());
-        let ip = |result: &lighter_cri::cni::NetworkResult| {
+        let ip = |result: &lighter_cni::NetworkResult| {
             result.addresses("eth0", IpPreference::Ipv4).unwrap().0
         };
         let (a, b) = (ip(&first), ip(&second));

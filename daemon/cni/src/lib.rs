@@ -18,8 +18,10 @@ mod error;
 mod exec;
 mod journal;
 mod metrics;
+pub mod netns;
 mod options;
 mod result;
+mod sys;
 mod template;
 mod watch;
 
@@ -38,12 +40,12 @@ pub use self::error::{Error, Failure};
 pub use self::metrics::{Metrics, Operation, OperationStats};
 pub use self::options::{Bandwidth, Capabilities, DnsConfig, IpRange, Options, PortMapping};
 pub use self::result::{Dns, Interface, IpConfig, IpPreference, NetworkResult, Route};
+pub use self::sys::NamespaceHolder;
 pub use self::template::{BridgeConfig, bridge_conflist};
 
 use self::cache::{Cache, Entry};
 use self::exec::Invocation;
 use self::journal::Journal;
-use crate::netns;
 
 /// Time for undoing one container's networks, counted anew whatever the caller has left.
 const TEARDOWN_TIMEOUT: Duration = Duration::from_secs(60);
