@@ -63,7 +63,7 @@ pub(crate) fn build(
     let registry = Registry::new(registry::Config {
         hosts: HostsConfig {
             roots: std::env::split_paths(&settings.config_path).collect(),
-            default_scheme: String::new(),
+            ..HostsConfig::default()
         },
         limits: limits(config),
     });

@@ -29,6 +29,8 @@ pub struct HostsConfig {
     /// Scheme of registries that nothing says otherwise for: `http` or `https`; empty for the
     /// rules of [`Scheme`].
     pub default_scheme: String,
+    /// TLS settings where a host's configuration has none of its own.
+    pub tls: Tls,
 }
 
 /// What a host may be used for.
@@ -67,12 +69,13 @@ pub enum Scheme {
 
 /// TLS settings of a host.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
-pub(super) struct Tls {
+pub struct Tls {
     /// PEM files of further authorities.
-    pub(super) ca: Vec<PathBuf>,
+    pub ca: Vec<PathBuf>,
     /// PEM files of certificate and key; may be the same file.
-    pub(super) client: Vec<(PathBuf, PathBuf)>,
-    pub(super) skip_verify: bool,
+    pub client: Vec<(PathBuf, PathBuf)>,
+    /// Whether any certificate will do.
+    pub skip_verify: bool,
 }
 
 impl Tls {
@@ -148,7 +151,8 @@ impl Host {
 /// # Errors
 /// `InvalidArgument` for an unknown default scheme.
 pub(super) fn load(config: &HostsConfig, name: &str) -> Result<Vec<Host>, Error> {
-    let fallback = default_host(name, &config.default_scheme)?;
+    let mut fallback = default_host(name, &config.default_scheme)?;
+    fallback.tls = config.tls.clone();
     let directory = config.roots.iter().find_map(|root| directory(root, name));
     let mut hosts = match directory {
         None => vec![fallback],
@@ -266,7 +270,7 @@ mod tests {
     fn load_from(root: &Path, name: &str) -> Vec<Host> {
         let config = HostsConfig {
             roots: vec![root.to_owned()],
-            default_scheme: String::new(),
+            ..HostsConfig::default()
         };
         load(&config, name).expect("loads")
     }

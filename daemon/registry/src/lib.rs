@@ -29,7 +29,7 @@ pub use self::auth::{Anonymous, Credential, CredentialRequest, Credentials, OneH
 pub use self::encoding::Decoder;
 pub use self::error::{Error, SinkError, TransportCause};
 pub use self::fetch::{Progress, Sink};
-pub use self::hosts::{Capabilities, Host, HostsConfig, Scheme};
+pub use self::hosts::{Capabilities, Host, HostsConfig, Scheme, Tls};
 pub use self::push::{Blob, Open, Pushed};
 pub use self::reference::Reference;
 pub use self::session::{Access, Config, Limits, Registry, Session, SessionOptions};
