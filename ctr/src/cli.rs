@@ -8,7 +8,7 @@ use crate::advice;
 use crate::client::Client;
 use crate::commands::{
     completion, containers, content, deprecations, disk, events, images, info, leases, namespaces,
-    oci, plugins, run, sandboxes, snapshots, tasks, version,
+    network, oci, plugins, pods, run, sandboxes, snapshots, tasks, version,
 };
 use crate::duration;
 use crate::table::Format;
@@ -109,6 +109,12 @@ enum Command {
     /// Manage namespaces
     #[command(visible_aliases = ["namespace", "ns"], subcommand)]
     Namespaces(namespaces::Command),
+    /// Manage the networks that containers join
+    #[command(subcommand)]
+    Network(network::Command),
+    /// See and manage what a kubelet runs: pods, their containers, logs
+    #[command(visible_alias = "pod", subcommand)]
+    Pods(pods::Command),
     /// Run a container
     Run(Box<run::Run>),
     /// Manage snapshots
@@ -157,6 +163,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<u8> {
         // What needs no daemon.
         Command::Completion(completion) => return completion.run().map(|()| 0),
         Command::Oci(command) => return command.run(&global).map(|()| 0),
+        Command::Network(command) => return command.run(&global).await.map(|()| 0),
         command => command,
     };
     let timeout = global.timeout;
@@ -182,6 +189,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<u8> {
 async fn dispatch(ctx: &Ctx, command: Command) -> anyhow::Result<u8> {
     match command {
         Command::Run(run) => return run.run(ctx).await,
+        Command::Pods(command) => return command.run(ctx).await,
         Command::Tasks(command) => return command.run(ctx).await,
         Command::Plugins(command) => command.run(ctx).await,
         Command::Version => version::run(ctx).await,
@@ -198,7 +206,9 @@ async fn dispatch(ctx: &Ctx, command: Command) -> anyhow::Result<u8> {
         Command::Prune(prune) => prune.run(ctx).await,
         Command::Info => info::run(ctx).await,
         Command::Deprecations(command) => command.run(ctx).await,
-        Command::Oci(_) | Command::Completion(_) => unreachable!("run without a daemon"),
+        Command::Oci(_) | Command::Network(_) | Command::Completion(_) => {
+            unreachable!("run without a daemon")
+        }
     }
     .map(|()| 0)
 }

@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use hyper_util::rt::TokioIo;
 use lighter_proto::containerd::services as api;
 use lighter_proto::lighter::disk::v1::disk_client::DiskClient;
+use lighter_proto::runtime::v1::runtime_service_client::RuntimeServiceClient;
 use tokio::net::UnixStream;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
@@ -154,6 +155,23 @@ impl Client {
             headers,
             namespace: global.namespace.as_str().into(),
         })
+    }
+
+    /// The CRI service, which has no namespaces.
+    pub(crate) fn cri(&self) -> RuntimeServiceClient<Channel> {
+        RuntimeServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// The same daemon, in another namespace.
+    pub(crate) fn in_namespace(&self, namespace: &'static str) -> Self {
+        Self {
+            channel: self.channel.clone(),
+            headers: Headers {
+                namespace: MetadataValue::from_static(namespace),
+                lease: None,
+            },
+            namespace: namespace.into(),
+        }
     }
 
     /// The namespace that requests go to.

@@ -1,15 +1,9 @@
-//! Networks by CNI plugins, client side, as upstream's `--cni` does it.
-//!
-//! Spec: CNI specification, "Section 2: Execution Protocol" and "Section 3: Execution of Network
-//! Configurations". Interfaces: `lo` by the loopback plugin, `eth0` by the first configuration.
+//! Networks for containers that a person starts: the daemon's own CNI code, with upstream ctr's
+//! conventions for where things are.
 
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 
-use anyhow::Context as _;
-use serde_json::{Map, Value, json};
-use tokio::io::AsyncWriteExt;
-use tokio::process::Command;
+use lighter_cni::{Capabilities, Cni, Config, IpPreference, NetworkResult, Options, PortMapping};
 
 use crate::advice;
 
@@ -18,134 +12,8 @@ use crate::advice;
 const CONFIG_DIR: &str = "/etc/cni/net.d";
 /// Where plugins are looked for, in order, unless `CNI_PATH` says: upstream's place, then Debian's.
 const PLUGIN_DIRS: &str = "/opt/cni/bin:/usr/lib/cni";
-/// Name of the interface in the container.
-const INTERFACE: &str = "eth0";
-/// Configuration files with these endings count.
-const ENDINGS: [&str; 3] = ["conflist", "conf", "json"];
-
-/// One network with its plugins, in order.
-#[derive(Debug, Clone, PartialEq)]
-struct Config {
-    name: String,
-    version: String,
-    plugins: Vec<Map<String, Value>>,
-}
-
-/// A container's network, set up.
-#[derive(Debug)]
-pub(crate) struct Network {
-    id: String,
-    netns: String,
-    done: Vec<(Config, &'static str, Value)>,
-}
-
-impl Network {
-    /// Gives the network namespace at `netns` its interfaces, in the name of container `id`.
-    pub(crate) async fn setup(id: &str, netns: &str) -> anyhow::Result<Self> {
-        let config = load(Path::new(&setting("NETCONFPATH", CONFIG_DIR)))?;
-        let loopback = Config {
-            name: "cni-loopback".to_owned(),
-            version: "0.3.1".to_owned(),
-            plugins: vec![Map::from_iter([("type".to_owned(), json!("loopback"))])],
-        };
-        let mut network = Self {
-            id: id.to_owned(),
-            netns: netns.to_owned(),
-            done: Vec::new(),
-        };
-        for (config, interface) in [(loopback, "lo"), (config, INTERFACE)] {
-            network.done.push((config.clone(), interface, Value::Null));
-            match network.add(&config, interface).await {
-                Ok(result) => {
-                    network.done.last_mut().expect("pushed just now").2 = result;
-                }
-                Err(error) => {
-                    // DEL is also how a half-made network is taken down.
-                    let _ = network.remove().await;
-                    return Err(error.context(format!("cannot set up network {}", config.name)));
-                }
-            }
-        }
-        Ok(network)
-    }
-
-    async fn add(&self, config: &Config, interface: &str) -> anyhow::Result<Value> {
-        let mut previous = Value::Null;
-        for plugin in &config.plugins {
-            previous = self
-                .execute("ADD", config, plugin, interface, &previous)
-                .await?;
-        }
-        Ok(previous)
-    }
-
-    /// Takes the interfaces down again, last first; goes on after a failure.
-    pub(crate) async fn remove(self) -> anyhow::Result<()> {
-        let mut first = None;
-        for (config, interface, result) in self.done.iter().rev() {
-            for plugin in config.plugins.iter().rev() {
-                let deleted = self.execute("DEL", config, plugin, interface, result).await;
-                if let Err(error) = deleted {
-                    first = first.or(Some(error.context("cannot take down the network")));
-                }
-            }
-        }
-        first.map_or(Ok(()), Err)
-    }
-
-    /// Runs one plugin; what it answers.
-    async fn execute(
-        &self,
-        verb: &str,
-        config: &Config,
-        plugin: &Map<String, Value>,
-        interface: &str,
-        previous: &Value,
-    ) -> anyhow::Result<Value> {
-        let kind = plugin
-            .get("type")
-            .and_then(Value::as_str)
-            .unwrap_or_default();
-        let path = find_plugin(kind)?;
-        let input = stdin(config, plugin, previous);
-        let mut child = Command::new(&path)
-            .env("CNI_COMMAND", verb)
-            .env("CNI_CONTAINERID", &self.id)
-            .env("CNI_NETNS", &self.netns)
-            .env("CNI_IFNAME", interface)
-            .env("CNI_PATH", setting("CNI_PATH", PLUGIN_DIRS))
-            .env("CNI_ARGS", "IgnoreUnknown=1")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .with_context(|| format!("cannot run {}", path.display()))?;
-        let mut stdin = child.stdin.take().expect("stdin is a pipe");
-        // A plugin that does not read its input has its own reasons, which its answer tells.
-        let _ = stdin.write_all(input.to_string().as_bytes()).await;
-        drop(stdin);
-        let output = child.wait_with_output().await?;
-        let answer: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        if !output.status.success() {
-            let text = answer.get("msg").and_then(Value::as_str).map(str::to_owned);
-            let text = text.unwrap_or_else(|| String::from_utf8_lossy(&output.stdout).into_owned());
-            anyhow::bail!("plugin {kind} failed ({}): {}", output.status, text.trim());
-        }
-        Ok(answer)
-    }
-}
-
-/// What a plugin reads.
-fn stdin(config: &Config, plugin: &Map<String, Value>, previous: &Value) -> Value {
-    let mut input = plugin.clone();
-    input.insert("name".to_owned(), json!(config.name));
-    input.insert("cniVersion".to_owned(), json!(config.version));
-    input.remove("capabilities");
-    if !previous.is_null() {
-        input.insert("prevResult".to_owned(), previous.clone());
-    }
-    Value::Object(input)
-}
+/// Where it stands which containers have a network, so that any later command can take it down.
+const STATE_DIR: &str = "/var/lib/lighter/ctr";
 
 /// An environment variable, or what stands in for it.
 fn setting(name: &str, default: &str) -> String {
@@ -155,134 +23,125 @@ fn setting(name: &str, default: &str) -> String {
         .unwrap_or_else(|| default.to_owned())
 }
 
-fn find_plugin(kind: &str) -> anyhow::Result<PathBuf> {
-    anyhow::ensure!(
-        !kind.is_empty() && !kind.contains('/'),
-        "a CNI configuration has a plugin of type {kind:?}, which names no program"
-    );
-    let dirs = setting("CNI_PATH", PLUGIN_DIRS);
-    let found = dirs
-        .split(':')
-        .map(|dir| Path::new(dir).join(kind))
-        .find(|path| path.exists());
-    found.map_or_else(
-        || {
-            advice::fail(
-                format!("no CNI plugin {kind:?} in {dirs}"),
-                "install it (Debian: containernetworking-plugins), or use --net-host",
-            )
-        },
-        Ok,
-    )
+/// The directory of network configurations.
+pub(crate) fn config_dir() -> PathBuf {
+    PathBuf::from(setting("NETCONFPATH", CONFIG_DIR))
 }
 
-/// The first configuration of a directory.
-fn load(dir: &Path) -> anyhow::Result<Config> {
-    let mut files: Vec<PathBuf> = std::fs::read_dir(dir)
-        .map(|entries| {
-            entries
-                .filter_map(Result::ok)
-                .map(|entry| entry.path())
-                .collect()
-        })
-        .unwrap_or_default();
-    let wanted = |path: &PathBuf| {
-        path.extension()
-            .is_some_and(|end| ENDINGS.iter().any(|e| end == *e))
-    };
-    files.retain(wanted);
-    files.sort();
-    let Some(path) = files.first() else {
-        return advice::fail(
-            format!("no network configuration in {}", dir.display()),
-            "put a CNI configuration there, or use --net-host",
-        );
-    };
-    let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let json: Map<String, Value> = serde_json::from_slice(&text)
-        .with_context(|| format!("{} is no JSON object", path.display()))?;
-    parse(&json).with_context(|| format!("{} is no CNI configuration", path.display()))
+/// The directories of plugins.
+pub(crate) fn plugin_dirs() -> Vec<PathBuf> {
+    std::env::split_paths(&setting("CNI_PATH", PLUGIN_DIRS)).collect()
 }
 
-fn parse(json: &Map<String, Value>) -> anyhow::Result<Config> {
-    let text = |key: &str| json.get(key).and_then(Value::as_str).map(str::to_owned);
-    let plugins = match json.get("plugins") {
-        Some(Value::Array(list)) => list
-            .iter()
-            .map(|plugin| plugin.as_object().cloned())
-            .collect::<Option<Vec<_>>>(),
-        Some(_) => None,
-        None => Some(vec![json.clone()]),
-    };
-    let plugins = plugins
-        .filter(|list| !list.is_empty())
-        .context("it has no list of plugins")?;
-    Ok(Config {
-        name: text("name")
-            .filter(|name| !name.is_empty())
-            .context("it has no name")?,
-        version: text("cniVersion").unwrap_or_else(|| "0.2.0".to_owned()),
-        plugins,
+/// The networks that are configured.
+pub(crate) async fn open() -> Cni {
+    Cni::new(Config {
+        conf_dir: config_dir(),
+        bin_dirs: plugin_dirs(),
+        ..Config::with_root(Path::new(STATE_DIR))
+    })
+    .await
+}
+
+/// A container's network.
+#[derive(Debug)]
+pub(crate) struct Network {
+    cni: Cni,
+    id: String,
+}
+
+impl Network {
+    /// The network of a container, whether it has one or not.
+    pub(crate) async fn of(namespace: &str, container: &str) -> Self {
+        Self {
+            cni: open().await,
+            id: format!("{namespace}-{container}"),
+        }
+    }
+
+    /// Gives the container whose first process is `pid` its interfaces, and opens `ports`.
+    pub(crate) async fn setup(
+        &self,
+        pid: u32,
+        ports: Vec<PortMapping>,
+    ) -> anyhow::Result<NetworkResult> {
+        if let Err(error) = self.cni.networks() {
+            return advice::fail(
+                format!("no network to join: {error}"),
+                "make one with `ctr network init`, or use --net-host",
+            );
+        }
+        let options = Options {
+            capabilities: Capabilities {
+                port_mappings: ports,
+                ..Capabilities::default()
+            },
+            args: vec![("IgnoreUnknown".to_owned(), "1".to_owned())],
+            ..Options::default()
+        };
+        let netns = PathBuf::from(format!("/proc/{pid}/ns/net"));
+        Ok(self.cni.setup(&self.id, &netns, &options).await?)
+    }
+
+    /// Takes the interfaces down and gives the addresses back. Fine when there is nothing left.
+    pub(crate) async fn remove(&self) -> anyhow::Result<()> {
+        Ok(self
+            .cni
+            .teardown(&self.id, None, &Options::default())
+            .await?)
+    }
+}
+
+/// The address of a container, for people; empty when it has none.
+pub(crate) fn address(result: &NetworkResult) -> String {
+    result
+        .addresses("eth0", IpPreference::Cni)
+        .map(|(first, _)| first.to_string())
+        .unwrap_or_default()
+}
+
+/// Reads `[HOST-IP:]HOST-PORT:PORT[/PROTOCOL]`, as Docker's `--publish` is written.
+pub(crate) fn port(text: &str) -> Result<PortMapping, String> {
+    let wrong = || format!("{text:?} is no [HOST-IP:]HOST-PORT:PORT[/tcp|udp|sctp]");
+    let (ports, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+    if !["tcp", "udp", "sctp"].contains(&protocol) {
+        return Err(wrong());
+    }
+    let (rest, container) = ports.rsplit_once(':').ok_or_else(wrong)?;
+    let (ip, host) = rest.rsplit_once(':').unwrap_or(("", rest));
+    let ip = ip.trim_start_matches('[').trim_end_matches(']');
+    if !ip.is_empty() && ip.parse::<std::net::IpAddr>().is_err() {
+        return Err(wrong());
+    }
+    let number = |text: &str| text.parse::<u16>().ok().filter(|n| *n > 0);
+    Ok(PortMapping {
+        host_port: number(host).ok_or_else(wrong)?,
+        container_port: number(container).ok_or_else(wrong)?,
+        protocol: protocol.to_owned(),
+        host_ip: ip.to_owned(),
     })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
-    fn object(value: &Value) -> Map<String, Value> {
-        value.as_object().unwrap().clone()
-    }
+    use super::port;
 
     #[test]
-    fn lists_and_single_plugins_are_read() {
-        let list = json!({"name":"n","cniVersion":"1.0.0","plugins":[{"type":"a"},{"type":"b"}]});
-        assert_eq!(parse(&object(&list)).unwrap().plugins.len(), 2);
-        let single = json!({"name":"n","type":"bridge"});
+    fn ports_are_written_as_for_docker() {
+        let mapping = port("8080:80").unwrap();
+        assert_eq!((mapping.host_port, mapping.container_port), (8080, 80));
         assert_eq!(
-            parse(&object(&single)).unwrap().plugins[0]["type"],
-            "bridge"
+            (mapping.protocol.as_str(), mapping.host_ip.as_str()),
+            ("tcp", "")
         );
-        for wrong in [
-            json!({"plugins":[{"type":"a"}]}),
-            json!({"name":"n","plugins":[]}),
-            json!({"name":"n","plugins":7}),
-        ] {
-            assert!(parse(&object(&wrong)).is_err());
+        let mapping = port("127.0.0.1:53:5353/udp").unwrap();
+        assert_eq!(
+            (mapping.host_ip.as_str(), mapping.host_port),
+            ("127.0.0.1", 53)
+        );
+        assert_eq!(port("[::1]:1:2").unwrap().host_ip, "::1");
+        for wrong in ["80", "0:80", "a:80", "1:70000", "x:1:2", "1:2/icmp", ":2"] {
+            assert!(port(wrong).is_err(), "{wrong}");
         }
-    }
-
-    #[test]
-    fn a_plugin_reads_name_version_and_the_result_before() {
-        let config = Config {
-            name: "n".to_owned(),
-            version: "1.0.0".to_owned(),
-            plugins: vec![],
-        };
-        let plugin = object(&json!({"type":"portmap","capabilities":{"portMappings":true}}));
-        let input = stdin(&config, &plugin, &json!({"ips":[]}));
-        assert_eq!(
-            input,
-            json!({"type":"portmap","name":"n","cniVersion":"1.0.0","prevResult":{"ips":[]}})
-        );
-    }
-
-    #[test]
-    fn the_first_file_by_name_wins() {
-        let dir = tempfile::tempdir().unwrap();
-        assert!(load(dir.path()).is_err());
-        std::fs::write(dir.path().join("20.conf"), r#"{"name":"late","type":"x"}"#).unwrap();
-        std::fs::write(
-            dir.path().join("10.conflist"),
-            r#"{"name":"early","plugins":[{"type":"x"}]}"#,
-        )
-        .unwrap();
-        std::fs::write(dir.path().join("00.txt"), "no").unwrap();
-        assert_eq!(load(dir.path()).unwrap().name, "early");
-    }
-
-    #[test]
-    fn a_plugin_is_a_plain_name() {
-        assert!(find_plugin("../sh").is_err() && find_plugin("").is_err());
     }
 }

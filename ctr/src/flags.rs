@@ -67,6 +67,11 @@ pub(crate) struct ExpiryFlag {
     pub(crate) expires: Duration,
 }
 
+/// A port that can be opened; kept as it was written.
+fn published(text: &str) -> Result<String, String> {
+    crate::cni::port(text).map(|_| text.to_owned())
+}
+
 /// Which runtime, and how it is configured.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Runtime")]
@@ -126,9 +131,13 @@ pub(crate) struct ContainerFlags {
     /// File to write the pid to
     #[arg(long, value_name = "FILE")]
     pub(crate) pid_file: Option<PathBuf>,
-    /// Give the container a network by the CNI configuration in /etc/cni/net.d
+    /// Give the container a network by the CNI configuration in /etc/cni/net.d (`ctr network`)
     #[arg(long)]
     pub(crate) cni: bool,
+    /// Open a port of the host that leads to one of the container; implies --cni
+    #[arg(long, short, value_name = "[IP:]HOST:PORT[/PROTO]", value_parser = published,
+          conflicts_with = "net_host")]
+    pub(crate) publish: Vec<String>,
     /// Write the filesystem's data to disk when the image has to be unpacked first
     #[arg(long)]
     pub(crate) sync_fs: bool,

@@ -30,6 +30,11 @@ impl Decoder {
         self.payload(&value.type_url, &value.value, 0)
     }
 
+    /// A message of the type `name` as JSON.
+    pub(crate) fn typed(&self, name: &str, bytes: &[u8]) -> Value {
+        self.payload(name, bytes, 0)
+    }
+
     fn payload(&self, type_url: &str, bytes: &[u8], depth: usize) -> Value {
         let name = type_url.rsplit('/').next().unwrap_or_default();
         let known = self

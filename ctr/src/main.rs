@@ -25,6 +25,7 @@ mod lease;
 mod mount;
 mod process;
 mod progress;
+mod remote;
 mod signals;
 mod spec;
 mod streaming;

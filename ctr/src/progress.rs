@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use lighter_proto::any;
@@ -23,6 +24,41 @@ pub(crate) async fn show(mut stream: Stream) {
         }
     }
     board.finish();
+}
+
+/// The progress of work done from here; clones show on the same board.
+#[derive(Debug, Clone)]
+pub(crate) struct Shown(Arc<Mutex<Board>>);
+
+impl Shown {
+    /// An empty board.
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(Mutex::new(Board::new())))
+    }
+
+    /// A line about the whole.
+    pub(crate) fn say(&self, event: &str) {
+        self.update("", event, 0, 0);
+    }
+
+    /// `name` is in the state `event`, `done` of `total` bytes.
+    pub(crate) fn update(&self, name: &str, event: &str, done: i64, total: i64) {
+        let progress = Progress {
+            name: name.to_owned(),
+            event: event.to_owned(),
+            progress: done,
+            total,
+            ..Progress::default()
+        };
+        let mut board = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        board.update(&progress);
+    }
+
+    /// Leaves what is shown on the screen.
+    pub(crate) fn finish(&self) {
+        let board = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        board.finish();
+    }
 }
 
 /// Everything that has been reported.

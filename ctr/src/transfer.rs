@@ -156,7 +156,7 @@ fn absolute(path: &Path) -> anyhow::Result<String> {
 }
 
 /// What to answer when a registry asks who we are.
-fn credentials(flags: &RegistryFlags) -> anyhow::Result<Option<AuthResponse>> {
+pub(crate) fn credentials(flags: &RegistryFlags) -> anyhow::Result<Option<AuthResponse>> {
     if let Some(token) = &flags.refresh {
         return Ok(Some(AuthResponse {
             auth_type: AuthType::Refresh.into(),

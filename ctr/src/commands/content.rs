@@ -10,19 +10,22 @@ use lighter_proto::any;
 use lighter_proto::containerd::services::content::v1::{
     DeleteContentRequest, Info, InfoRequest, ListContentRequest, ListStatusesRequest, UpdateRequest,
 };
+use lighter_registry::Access;
 use serde::Serialize;
 
-use super::each;
 use super::images::Wanted;
+use super::{each, objects};
 use crate::advice;
 use crate::cli::Ctx;
 use crate::client::Client;
 use crate::content::{self, Opened, Writer};
 use crate::duration;
 use crate::flags::RegistryFlags;
+use crate::image::local;
 use crate::json;
 use crate::labels;
 use crate::lease;
+use crate::remote::Remote;
 use crate::table;
 use crate::transfer::Pumps;
 
@@ -45,6 +48,10 @@ pub(crate) enum Command {
     Edit(Edit),
     /// Fetch everything of an image, without unpacking it
     Fetch(Fetch),
+    /// Write blobs of a repository to standard output
+    FetchBlob(objects::FetchBlob),
+    /// Write a manifest or blob of a repository to standard output
+    FetchObject(objects::FetchObject),
     /// Write a blob to standard output
     Get {
         /// Digests
@@ -73,6 +80,8 @@ pub(crate) enum Command {
     /// Let go of content
     #[command(subcommand)]
     Prune(Prune),
+    /// Upload a blob or manifest to a repository
+    PushObject(objects::PushObject),
 }
 
 /// What can be let go of.
@@ -172,6 +181,9 @@ impl Command {
             }
             Self::Edit(edit) => edit.run(ctx).await,
             Self::Fetch(fetch) => fetch.run(ctx).await,
+            Self::FetchBlob(fetch) => fetch.run().await,
+            Self::FetchObject(fetch) => fetch.run().await,
+            Self::PushObject(push) => push.run(ctx).await,
             Self::Get { digests } => {
                 for digest in digests {
                     let mut stream = content::stream(&ctx.client, &digest).await?;
@@ -374,6 +386,14 @@ impl Edit {
 impl Fetch {
     async fn run(self, ctx: &Ctx) -> anyhow::Result<()> {
         lease::hold(&ctx.client, |client| async move {
+            if self.wanted.metadata_only {
+                // The transfer service has no word for this.
+                let remote = Remote::open(&self.name, &self.registry, Access::Pull).await?;
+                let parts = self.wanted.parts(0)?;
+                let labels = labels::given(&self.label);
+                local::pull(&client, &remote, &self.name, &parts, labels).await?;
+                return table::line(&self.name);
+            }
             let mut pumps = Pumps::default();
             let source = pumps.registry(&client, &self.name, &self.registry).await?;
             let mut store = self.wanted.store(&self.name)?;

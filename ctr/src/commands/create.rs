@@ -15,6 +15,7 @@ use lighter_proto::containerd::services::snapshots::v1::{
 use lighter_proto::containerd::types::Mount;
 use lighter_proto::runtimeoptions;
 use prost_types::Any;
+use serde_json::json;
 
 use super::remap;
 use crate::advice::{self, Advice};
@@ -94,11 +95,13 @@ pub(crate) async fn create(
         made.runtime = Some(runtime(&client, &flags.runtime).await?);
         made.sandbox.clone_from(&flags.sandbox);
         made.labels = labels::given(&flags.label);
-        if flags.cni {
+        if flags.cni || !flags.publish.is_empty() {
             let value = Any {
                 type_url: "github.com/containerd/containerd/v2/cmd/ctr/commands/NetworkMetaData"
                     .to_owned(),
-                value: br#"{"EnableCni":true}"#.to_vec(),
+                value: json!({"EnableCni": true, "Publish": flags.publish})
+                    .to_string()
+                    .into_bytes(),
             };
             made.extensions.insert(CNI_EXTENSION.to_owned(), value);
         }

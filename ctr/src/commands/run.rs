@@ -108,9 +108,8 @@ impl Run {
         pid: u32,
     ) -> anyhow::Result<Option<Network>> {
         tasks::write_pid_file(self.container.pid_file.as_deref(), pid)?;
-        let network = if self.container.cni {
-            let id = format!("{}-{}", ctx.client.namespace(), container.id);
-            Some(Network::setup(&id, &format!("/proc/{pid}/ns/net")).await?)
+        let network = if container.extensions.contains_key(create::CNI_EXTENSION) {
+            Some(tasks::join_network(ctx, container, pid).await?)
         } else {
             None
         };

@@ -3,6 +3,7 @@
 pub(crate) mod archive;
 pub(crate) mod export;
 pub(crate) mod import;
+pub(crate) mod local;
 pub(crate) mod model;
 pub(crate) mod platform;
 pub(crate) mod unpack;

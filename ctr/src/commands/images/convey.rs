@@ -9,6 +9,9 @@ use lighter_proto::containerd::types::transfer::{
 };
 use time::OffsetDateTime;
 
+use lighter_proto::containerd::services::content::v1::InfoRequest;
+use lighter_registry::Access;
+
 use super::Wanted;
 use crate::advice;
 use crate::cli::Ctx;
@@ -16,10 +19,13 @@ use crate::client::Client;
 use crate::flags::{RegistryFlags, SnapshotterFlag};
 use crate::image::export::{self, Selection};
 use crate::image::import::{self, Naming};
+use crate::image::local;
+use crate::image::model::Descriptor;
 use crate::image::platform::Platform;
 use crate::image::{self, unpack};
 use crate::labels;
 use crate::lease;
+use crate::remote::Remote;
 use crate::table;
 use crate::transfer::{self, Pumps, Sink};
 
@@ -40,9 +46,20 @@ pub(crate) struct Pull {
     /// Print the name of the snapshot that the image unpacks to
     #[arg(long)]
     print_chainid: bool,
-    /// Downloads at a time (the daemon's configuration decides)
-    #[arg(long, hide = true, default_value_t = 0)]
+    /// Downloads at a time with --local; else the daemon's configuration decides [default: 3]
+    #[arg(
+        long,
+        value_name = "COUNT",
+        default_value_t = 0,
+        hide_default_value = true
+    )]
     max_concurrent_downloads: u32,
+    /// Fetch from here and hand the daemon the bytes: for daemons without the transfer service
+    #[arg(long)]
+    local: bool,
+    /// Write the filesystem's data to disk after unpacking (with --local)
+    #[arg(long, requires = "local")]
+    sync_fs: bool,
     /// Image
     #[arg(value_name = "REF")]
     name: String,
@@ -53,14 +70,18 @@ impl Pull {
     pub(super) async fn run(self, ctx: &Ctx) -> anyhow::Result<()> {
         check_name(&self.name)?;
         lease::hold(&ctx.client, |client| async move {
-            let mut pumps = Pumps::default();
-            let source = pumps.registry(&client, &self.name, &self.registry).await?;
-            let mut store = self.wanted.store(&self.name)?;
-            store.labels = labels::given(&self.label);
-            store.unpacks = self.wanted.unpacks(&self.snapshotter.snapshotter)?;
-            pumps
-                .run(&client, any::pack(&source), any::pack(&store))
-                .await?;
+            if self.local {
+                self.locally(&client).await?;
+            } else {
+                let mut pumps = Pumps::default();
+                let source = pumps.registry(&client, &self.name, &self.registry).await?;
+                let mut store = self.wanted.store(&self.name)?;
+                store.labels = labels::given(&self.label);
+                store.unpacks = self.wanted.unpacks(&self.snapshotter.snapshotter)?;
+                pumps
+                    .run(&client, any::pack(&source), any::pack(&store))
+                    .await?;
+            }
             table::line(&self.name)?;
             if self.print_chainid {
                 let record = image::get(&client, &self.name).await?;
@@ -73,6 +94,25 @@ impl Pull {
             Ok(())
         })
         .await
+    }
+}
+
+impl Pull {
+    async fn locally(&self, client: &Client) -> anyhow::Result<()> {
+        let remote = Remote::open(&self.name, &self.registry, Access::Pull).await?;
+        let parts = self.wanted.parts(self.max_concurrent_downloads)?;
+        let labels = labels::given(&self.label);
+        let image = local::pull(client, &remote, &self.name, &parts, labels).await?;
+        if parts.metadata_only {
+            return Ok(());
+        }
+        let snapshotter = unpack::snapshotter(client, &self.snapshotter.snapshotter).await?;
+        for platform in self.wanted.or_host()? {
+            import::unpack_image(client, &image, &platform, &snapshotter, self.sync_fs)
+                .await
+                .with_context(|| format!("{} is here, but cannot be unpacked", image.name))?;
+        }
+        Ok(())
     }
 }
 
@@ -102,9 +142,30 @@ pub(crate) struct Push {
     registry: RegistryFlags,
     #[command(flatten)]
     wanted: Wanted,
-    /// Uploads at a time (the daemon's configuration decides)
-    #[arg(long, hide = true, default_value_t = 0)]
+    /// Uploads at a time with --local; else the daemon's configuration decides [default: 3]
+    #[arg(
+        long,
+        value_name = "COUNT",
+        default_value_t = 0,
+        hide_default_value = true
+    )]
     max_concurrent_uploaded_layers: u32,
+    /// Push this manifest instead of an image
+    #[arg(long, value_name = "DIGEST", conflicts_with = "local_name")]
+    manifest: Option<String>,
+    /// Media type of --manifest
+    #[arg(
+        long,
+        value_name = "TYPE",
+        default_value = "application/vnd.oci.image.manifest.v1+json"
+    )]
+    manifest_type: String,
+    /// Push from here, with bytes from the daemon: for daemons without the transfer service
+    #[arg(long)]
+    local: bool,
+    /// Layers that must not be passed on as well (with --local)
+    #[arg(long, requires = "local")]
+    allow_non_distributable_blobs: bool,
     /// Name in the registry
     #[arg(value_name = "REMOTE")]
     name: String,
@@ -119,6 +180,9 @@ impl Push {
         check_name(&self.name)?;
         lease::hold(&ctx.client, |client| async move {
             let local = self.local_name.as_ref().unwrap_or(&self.name);
+            if self.local || self.manifest.is_some() {
+                return self.locally(&client, local).await;
+            }
             image::get(&client, local).await?;
             let mut pumps = Pumps::default();
             let destination = pumps.registry(&client, &self.name, &self.registry).await?;
@@ -134,6 +198,39 @@ impl Push {
             table::line(&self.name)
         })
         .await
+    }
+}
+
+impl Push {
+    /// The transfer service knows images only: a bare manifest goes this way as well.
+    async fn locally(&self, client: &Client, local: &str) -> anyhow::Result<()> {
+        let top = match &self.manifest {
+            Some(digest) => {
+                let request = InfoRequest {
+                    digest: digest.clone(),
+                };
+                let info = client.content().info(request).await?.into_inner().info;
+                Descriptor {
+                    media_type: self.manifest_type.clone(),
+                    digest: digest.clone(),
+                    size: info.unwrap_or_default().size,
+                    ..Descriptor::default()
+                }
+            }
+            None => image::target(&image::get(client, local).await?)?,
+        };
+        let remote = Remote::open(&self.name, &self.registry, Access::Push).await?;
+        let platforms = self.wanted.platforms()?;
+        local::push(
+            client,
+            &remote,
+            &top,
+            &platforms,
+            self.max_concurrent_uploaded_layers,
+            self.allow_non_distributable_blobs,
+        )
+        .await?;
+        table::line(&self.name)
     }
 }
 

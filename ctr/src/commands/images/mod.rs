@@ -19,6 +19,7 @@ use crate::advice::{self, is_already_exists, is_not_found};
 use crate::cli::Ctx;
 use crate::client::Client;
 use crate::flags::SnapshotterFlag;
+use crate::image::local::Parts;
 use crate::image::platform::Platform;
 use crate::image::{self};
 use crate::labels;
@@ -219,6 +220,20 @@ impl Wanted {
             platforms: platforms.iter().map(Platform::to_wire).collect(),
             all_metadata: !self.skip_metadata,
             ..Default::default()
+        })
+    }
+
+    /// What a pull from here fetches, so many blobs at once.
+    pub(crate) fn parts(&self, at_once: u32) -> anyhow::Result<Parts> {
+        Ok(Parts {
+            platforms: if self.all_platforms {
+                Vec::new()
+            } else {
+                self.or_host()?
+            },
+            all_metadata: !self.skip_metadata,
+            metadata_only: self.metadata_only,
+            at_once,
         })
     }
 

@@ -51,8 +51,21 @@ pub(crate) struct Exec {
 }
 
 impl Exec {
+    /// The container that was named.
+    pub(in crate::commands) fn container(&self) -> Option<&str> {
+        self.args.first().map(String::as_str)
+    }
+
+    /// The same in the container `id`.
+    pub(in crate::commands) fn of(mut self, id: String) -> Self {
+        if let Some(first) = self.args.first_mut() {
+            *first = id;
+        }
+        self
+    }
+
     /// Runs it; its exit code, or 0 when detached.
-    pub(super) async fn run(self, ctx: &Ctx) -> anyhow::Result<u8> {
+    pub(in crate::commands) async fn run(self, ctx: &Ctx) -> anyhow::Result<u8> {
         let [id, command @ ..] = &self.args[..] else {
             return advice::fail(
                 "no container given",

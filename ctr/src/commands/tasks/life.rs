@@ -3,15 +3,19 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::Args;
+use lighter_proto::containerd::services::containers::v1::Container;
 use lighter_proto::containerd::v1::types::{Process as Record, Status};
+
+use serde::Deserialize;
 
 use super::{TaskOptions, container, create, get, kill_all, spec_of, write_pid_file};
 use crate::advice::{self, is_not_found};
 use crate::attach::{IoFlags, Outcome, Session};
 use crate::cli::Ctx;
 use crate::client::Client;
-use crate::cni::Network;
+use crate::cni::{self, Network};
 use crate::commands::create::{CNI_EXTENSION, STOP_SIGNAL_LABEL};
 use crate::fifo::{self, Paths};
 use crate::process::{Process, exit_code};
@@ -62,8 +66,7 @@ impl Start {
         let started = async {
             write_pid_file(self.pid_file.as_deref(), pid)?;
             if container.extensions.contains_key(CNI_EXTENSION) {
-                let id = format!("{}-{}", ctx.client.namespace(), self.id);
-                network = Some(Network::setup(&id, &format!("/proc/{pid}/ns/net")).await?);
+                network = Some(join_network(ctx, &container, pid).await?);
             }
             session.fit(&process).await;
             anyhow::Ok(process.start().await?)
@@ -82,6 +85,47 @@ impl Start {
         }
         Ok(outcome.code())
     }
+}
+
+/// Gives a created task the network that its container's record asks for, and says its address.
+pub(in crate::commands) async fn join_network(
+    ctx: &Ctx,
+    container: &Container,
+    pid: u32,
+) -> anyhow::Result<Network> {
+    let extension = container.extensions.get(CNI_EXTENSION);
+    let asked: NetworkAsked = extension
+        .and_then(|any| serde_json::from_slice(&any.value).ok())
+        .unwrap_or_default();
+    let ports = asked.publish.iter().map(|text| cni::port(text));
+    let ports = ports
+        .collect::<Result<_, _>>()
+        .map_err(anyhow::Error::msg)?;
+    let network = Network::of(ctx.client.namespace(), &container.id).await;
+    let result = network.setup(pid, ports).await?;
+    eprintln!(
+        "ctr: {} has the address {}",
+        container.id,
+        cni::address(&result)
+    );
+    Ok(network)
+}
+
+/// Takes down the network of a container whose task is gone, where it had one.
+async fn leave_network(client: &Client, id: &str) -> anyhow::Result<()> {
+    match container(client, id).await {
+        Ok(record) if record.extensions.contains_key(CNI_EXTENSION) => {
+            Network::of(client.namespace(), id).await.remove().await
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What the extension of a container's record asks for.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct NetworkAsked {
+    publish: Vec<String>,
 }
 
 /// Joins the streams of a running task; its exit code.
@@ -186,6 +230,11 @@ impl Delete {
         }
         let status = process.delete().await?;
         fifo::discard(&streams(&record));
+        if exec_id.is_empty() {
+            leave_network(client, id)
+                .await
+                .context("the task is gone, its network is not")?;
+        }
         Ok(status)
     }
 }

@@ -28,7 +28,8 @@ use crate::signals;
 use crate::spec::model::Spec;
 use crate::table;
 
-pub(super) use life::{destroy, streams};
+pub(super) use exec::Exec;
+pub(super) use life::{destroy, join_network, streams};
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
