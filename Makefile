@@ -1,5 +1,7 @@
 # The front door: `make help` lists what there is.
 SHELL := /bin/bash
+# Where deps may just have put the toolchain.
+export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 CARGO ?= cargo
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -11,7 +13,7 @@ SHIM_BUILD = LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/$(shell $(
 	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --profile shim --target $(STATIC_TARGET) \
 	-p lighter-shim -p lighter-oci
 
-.PHONY: help deps build release run test integration test-vm bench fuzz lint fmt doc install clean
+.PHONY: help deps build release run test integration compatibility test-vm bench fuzz lint fmt doc install clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,7 +41,11 @@ test: ## Every test; the last line counts them
 
 integration: ## The black-box suite alone, on SUBJECT=lighter (default) or SUBJECT=containerd
 	$(CARGO) build --workspace --bins
-	$(CARGO) test -p lighter-integration -- --test-threads=2
+	$(CARGO) test --workspace --test suite -- --test-threads=2
+
+compatibility: ## Every client against every method: rewrites docs/compatibility.md
+	$(CARGO) build --workspace --bins
+	$(TARGET_DIR)/debug/compatibility
 
 test-vm: ## Runtime, daemon and shim on cgroup v2, then power cuts, in a virtual machine (needs no KVM)
 	integration/scripts/deps.sh vm

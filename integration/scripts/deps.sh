@@ -46,9 +46,18 @@ if [ ${#missing[@]} -gt 0 ]; then
     apt-get install -y -q --no-install-recommends "${missing[@]}"
 fi
 
+# A session that began before the toolchain was installed does not have it in its PATH.
+export PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
 if ! command -v cargo >/dev/null; then
-    apt-get install -y -q --no-install-recommends rustup 2>/dev/null || {
-        echo "no Rust toolchain: install rustup from https://rustup.rs, then run this again" >&2
-        exit 1
-    }
+    echo "installing the Rust toolchain"
+    # Debian has rustup from 13 on; before that its authors' own installer is the way.
+    if apt-get install -y -q --no-install-recommends rustup 2>/dev/null; then
+        rustup toolchain install --profile minimal
+    else
+        command -v curl >/dev/null || apt-get install -y -q --no-install-recommends curl ca-certificates
+        curl --proto '=https' --tlsv1.2 -fsS https://sh.rustup.rs | sh -s -- -y -q --profile minimal --no-modify-path || {
+            echo "no Rust toolchain, and its installer cannot be reached: install Rust 1.95 or newer, then run this again" >&2
+            exit 1
+        }
+    fi
 fi

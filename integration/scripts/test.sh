@@ -15,16 +15,17 @@ step() {
     [ "${PIPESTATUS[0]}" = 0 ] || status=1
 }
 
-# Programs first: the suite runs them.
+# Programs first: the suite runs them. With --workspace everywhere: what is asked for decides the
+# features of the dependencies, and another choice would build them all anew.
 cargo build --workspace --bins || exit 1
 step "unit and conformance tests" cargo test --workspace --exclude lighter-integration \
     --features lighter-snapshotter/testsuite,lighter-store/testsuite --no-fail-fast
 if command -v containerd >/dev/null; then
     step "suite on containerd" env SUBJECT=containerd \
-        cargo test -p lighter-integration --no-fail-fast -- --test-threads=2
+        cargo test --workspace --test suite --no-fail-fast -- --test-threads=2
 fi
 step "suite on lighter" env SUBJECT=lighter \
-    cargo test -p lighter-integration --no-fail-fast -- --test-threads=2
+    cargo test --workspace --test suite --no-fail-fast -- --test-threads=2
 
 # libtest's closing lines: "test result: ok. 3 passed; 0 failed; …"
 read -r passed failed < <(awk '/^test result:/ { for (i = 1; i < NF; i++) {

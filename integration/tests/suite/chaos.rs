@@ -3,7 +3,9 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
-use lighter_integration::{Client, Daemon, Result, Spec, Subject, image};
+use lighter_integration::{
+    Cli, Client, Daemon, Image, Layer, Registry, Result, Spec, Subject, image,
+};
 use lighter_proto::any;
 use lighter_proto::containerd::services as svc;
 
@@ -137,5 +139,82 @@ async fn what_was_acknowledged_survives_any_kill() -> Result {
         !all.made.is_empty() && !all.blobs.is_empty(),
         "the workers did something"
     );
+    daemon.finish().await
+}
+
+/// Images of one round, with layers of their own so that each pull has something to do.
+fn cargo(round: u32) -> Result<Vec<Image>> {
+    (0..3)
+        .map(|n| {
+            let text = format!("round {round}, image {n}\n").repeat(5_000);
+            let file = |name: &str| Layer::files(&[(name, text.as_bytes())]);
+            Image::new("x", vec![Layer::busybox()?, file("a")?, file("b")?])
+        })
+        .collect()
+}
+
+/// Pulls one image after another until the daemon goes away; those that were acknowledged.
+fn pull_all(ctr: &Cli, references: &[String]) -> Vec<String> {
+    let pulled = |reference: &&String| {
+        let args = ["images", "pull", "--plain-http", reference.as_str()];
+        ctr.run(&args).is_ok_and(|output| output.code == 0)
+    };
+    references.iter().take_while(pulled).cloned().collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pulled_image_survives_any_kill_and_a_broken_pull_leaves_nothing() -> Result {
+    let mut daemon = Daemon::start().await?;
+    let registry = Registry::start().await?;
+    // Both ways: through the daemon's transfers, and by a client that brings the bytes.
+    let clients = match daemon.subject() {
+        Subject::Lighter => vec![daemon.our_ctr(), daemon.debian_ctr()],
+        Subject::Containerd => vec![daemon.debian_ctr()],
+    };
+    let mut all = BTreeSet::new();
+    for round in 0..rounds(daemon.subject()) / 5 {
+        let mut references = Vec::new();
+        for (n, image) in cargo(round)?.iter().enumerate() {
+            references.push(registry.push(image, &format!("r{round}/i{n}"), "1")?);
+        }
+        let ctr = clients[usize::try_from(round)? % clients.len()].clone();
+        let worker = tokio::task::spawn_blocking(move || pull_all(&ctr, &references));
+        let pause = u64::from(rand::random::<u8>()) * 4;
+        tokio::time::sleep(Duration::from_millis(20 + pause)).await;
+        daemon.kill()?;
+        let pulled = worker.await?;
+        daemon.boot().await?;
+        all.extend(pulled);
+        let listed = daemon.debian_ctr().run(&["images", "ls", "-q"])?.ok()?;
+        let listed: BTreeSet<&str> = listed.lines().collect();
+        let lost: Vec<_> = all
+            .iter()
+            .filter(|name| !listed.contains(name.as_str()))
+            .collect();
+        assert!(lost.is_empty(), "round {round}: images lost: {lost:?}");
+    }
+    let ctr = daemon.debian_ctr();
+    let checked = ctr.run(&["images", "check", "-q"])?.ok()?;
+    let complete: BTreeSet<&str> = checked.lines().collect();
+    for name in &all {
+        assert!(complete.contains(name.as_str()), "{name} is not complete");
+    }
+    if let Some(name) = all.last() {
+        let out = ctr.run(&["run", "--rm", name, "last", "cat", "/b"])?.ok()?;
+        assert!(out.starts_with("round "), "{out:?}");
+    }
+    // What broken pulls left goes with their leases, everything else with the images.
+    let leases = ctr.run(&["leases", "ls", "-q"])?.ok()?;
+    for lease in leases.lines() {
+        ctr.run(&["leases", "rm", lease])?.ok()?;
+    }
+    let listed = ctr.run(&["images", "ls", "-q"])?.ok()?;
+    for name in listed.lines() {
+        ctr.run(&["images", "rm", "--sync", name])?.ok()?;
+    }
+    let lease = ctr.run(&["leases", "create"])?.ok()?;
+    ctr.run(&["leases", "rm", "--sync", lease.trim()])?.ok()?;
+    assert_eq!(ctr.run(&["content", "ls", "-q"])?.ok()?, "");
+    assert_eq!(ctr.run(&["snapshots", "ls"])?.ok()?.lines().count(), 1);
     daemon.finish().await
 }

@@ -159,3 +159,74 @@ async fn errors_say_what_to_do() -> Result {
     assert_ne!(usage.code, 0);
     daemon.finish().await
 }
+
+#[tokio::test]
+async fn pull_and_push_from_here_need_no_transfer_service() -> Result {
+    // Debian's containerd 1.6 has none: this one passes there as well.
+    let daemon = Daemon::start().await?;
+    let ctr = daemon.our_ctr();
+    let registry = Registry::start().await?;
+    let image = Image::busybox("x")?;
+    let reference = registry.push(&image, "library/local", "1")?;
+    let host = registry.host();
+    let out = ctr
+        .run(&[
+            "images",
+            "pull",
+            "--local",
+            "--plain-http",
+            "--print-chainid",
+            &reference,
+        ])?
+        .ok()?;
+    assert!(out.contains(&image.chain_id(1)), "{out}");
+    let out = ctr.run(&["run", "--rm", &reference, "c", "echo", "here"])?;
+    assert_eq!(out.ok()?, "here\n");
+    let copy = format!("{host}/library/copy:2");
+    let push = [
+        "images",
+        "push",
+        "--local",
+        "--plain-http",
+        &copy,
+        &reference,
+    ];
+    ctr.run(&push)?.ok()?;
+    // What was pushed is what is fetched, object by object.
+    let repository = format!("{host}/library/copy");
+    let manifest = ctr
+        .run(&["content", "fetch-object", "--plain-http", &repository, "2"])?
+        .ok()?;
+    let parsed: serde_json::Value = serde_json::from_str(&manifest)?;
+    assert_eq!(parsed["config"]["digest"], image.config.digest);
+    let config = ctr
+        .run(&[
+            "content",
+            "fetch-blob",
+            "--plain-http",
+            &repository,
+            &image.config.digest,
+        ])?
+        .ok()?;
+    assert_eq!(config.as_bytes(), image.config.data);
+    let pushed = ctr
+        .run(&[
+            "content",
+            "push-object",
+            "--plain-http",
+            &format!("{host}/library/other:3"),
+            &image.config.digest,
+            "application/vnd.oci.image.config.v1+json",
+        ])?
+        .ok()?;
+    assert!(pushed.contains(&image.config.digest), "{pushed}");
+    let unknown = format!("{host}/library/nosuch:1");
+    let out = ctr.run(&["images", "pull", "--local", "--plain-http", &unknown])?;
+    assert!(
+        out.code != 0 && out.stderr.contains("not found"),
+        "{}",
+        out.stderr
+    );
+    ctr.run(&["images", "rm", "--sync", &reference])?.ok()?;
+    daemon.finish().await
+}

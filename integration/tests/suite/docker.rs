@@ -1,116 +1,17 @@
 //! A stock Docker Engine (Debian's docker.io) on the daemon, in a network namespace of its own.
 
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
-use lighter_integration::{Daemon, Layer, Options, Result, Subject, built, eventually};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use lighter_integration::{Daemon, Engine, Layer, Options, Result, Subject, built, eventually};
 
-const DOCKERD: &str = "/usr/sbin/dockerd";
 const IMAGE: &str = "docker.io/test/busybox:latest";
-/// Longest a Docker command may take before it is killed.
-const LIMIT_SECONDS: &str = "30";
-
-/// A `dockerd` and the client pointed at it.
-struct Engine {
-    child: Child,
-    dir: PathBuf,
-}
-
-impl Engine {
-    async fn start(daemon: &Daemon) -> Result<Self> {
-        let dir = daemon.dir().join("engine");
-        std::fs::create_dir(&dir)?;
-        let log = std::fs::File::create(dir.join("log"))?;
-        // Bridges and packet filters end with the network namespace, which ends with the engine.
-        let child = Command::new("unshare")
-            .args(["--net", "sh", "-c", "ip link set lo up && exec \"$@\"", "-"])
-            .arg(DOCKERD)
-            .arg("--containerd")
-            .arg(daemon.address())
-            .arg("--data-root")
-            .arg(dir.join("data"))
-            .arg("--exec-root")
-            .arg(dir.join("exec"))
-            .arg("--pidfile")
-            .arg(dir.join("pid"))
-            .arg("--host")
-            .arg(format!("unix://{}", dir.join("sock").display()))
-            .arg("--cgroup-parent")
-            .arg(format!("/{}", daemon.namespace()))
-            .args(["--bip", "10.214.0.1/24"])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()?;
-        let engine = Self { child, dir };
-        let up = eventually("dockerd answers", async || {
-            Ok((engine.docker(&["version"])?.0 == 0).then_some(()))
-        })
-        .await;
-        if let Err(error) = up {
-            let log = std::fs::read_to_string(engine.dir.join("log")).unwrap_or_default();
-            anyhow::bail!("{error}\n{log}");
-        }
-        Ok(engine)
-    }
-
-    /// Exit code and all output of a Docker command.
-    fn docker(&self, args: &[&str]) -> Result<(i32, String)> {
-        let output = Command::new("timeout")
-            .args(["--signal=KILL", LIMIT_SECONDS, "/usr/bin/docker", "--host"])
-            .arg(format!("unix://{}", self.dir.join("sock").display()))
-            .args(args)
-            .stdin(Stdio::null())
-            .output()?;
-        let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
-        text.push_str(&String::from_utf8_lossy(&output.stderr));
-        Ok((output.status.code().unwrap_or(-1), text.trim().to_owned()))
-    }
-
-    /// Output of a Docker command that must succeed.
-    fn ok(&self, args: &[&str]) -> Result<String> {
-        let (code, text) = self.docker(args)?;
-        anyhow::ensure!(code == 0, "docker {args:?}: exit {code}: {text}");
-        Ok(text)
-    }
-
-    fn state(&self, name: &str) -> Result<String> {
-        let format = "{{.State.Status}} {{.State.ExitCode}} {{.State.OOMKilled}}";
-        self.ok(&["inspect", "-f", format, name])
-    }
-
-    /// Stops the engine, and takes away the mounts that it leaves by design.
-    async fn stop(mut self) -> Result {
-        kill(
-            Pid::from_raw(i32::try_from(self.child.id())?),
-            Signal::SIGTERM,
-        )?;
-        eventually("dockerd ends", async || Ok(self.child.try_wait()?)).await?;
-        for entry in std::fs::read_dir(self.dir.join("exec/netns"))
-            .into_iter()
-            .flatten()
-        {
-            let _ = nix::mount::umount(&entry?.path());
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Engine {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 /// A daemon whose shim for Docker's runtime is ours, an engine on it, and an image in that.
 async fn engine() -> Result<Option<(Daemon, Engine, tempfile::TempDir)>> {
-    if !Path::new(DOCKERD).exists() {
-        eprintln!("skipped: no {DOCKERD}; install docker.io to test the Docker Engine");
+    if !Engine::is_installed() {
+        eprintln!("skipped: no dockerd; install docker.io to test the Docker Engine");
         return Ok(None);
     }
     let shims = tempfile::tempdir()?;
@@ -235,7 +136,7 @@ async fn names_and_ports(engine: &Engine) -> Result {
     })
     .await?;
     let published = Command::new("nsenter")
-        .arg(format!("--net=/proc/{}/ns/net", engine.child.id()))
+        .arg(format!("--net=/proc/{}/ns/net", engine.pid()))
         .args(["busybox", "wget", "-qO-", "http://127.0.0.1:8080/"])
         .output()?;
     assert_eq!(String::from_utf8_lossy(&published.stdout), "page\n");

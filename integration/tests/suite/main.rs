@@ -25,6 +25,7 @@ mod cri_stats;
 mod crowds;
 mod ctr_debian;
 mod ctr_ours;
+mod ctr_pods;
 mod diff;
 mod disk;
 mod docker;
