@@ -9,9 +9,9 @@ use lighter_cni::{BridgeConfig, bridge_conflist};
 use serde::Serialize;
 
 use crate::advice;
-use crate::cli::{Format, Global};
+use crate::cli::Global;
 use crate::cni;
-use crate::table;
+use crate::table::{self, Format};
 
 /// The file that `init` makes.
 const FILE: &str = "10-lighter.conflist";

@@ -45,7 +45,7 @@ pub(crate) enum Command {
     #[command(visible_aliases = ["del", "remove", "rm"])]
     Delete(life::Delete),
     /// Run another process in a container
-    Exec(exec::Exec),
+    Exec(Exec),
     /// List tasks
     #[command(visible_alias = "ls")]
     List {
