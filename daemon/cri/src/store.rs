@@ -108,6 +108,13 @@ impl Pod {
         self.state.borrow().clone()
     }
 
+    /// Its state and when it was run, without copying the rest.
+    #[must_use]
+    pub fn brief(&self) -> (PodSandboxState, SystemTime) {
+        let state = self.state.borrow();
+        (state.state, state.created_at)
+    }
+
     /// Changes its state and wakes those who wait for it.
     pub fn update(&self, change: impl FnOnce(&mut PodState)) {
         self.state.send_modify(change);
@@ -269,6 +276,13 @@ impl Container {
     #[must_use]
     pub fn status(&self) -> ContainerStatus {
         self.status.borrow().clone()
+    }
+
+    /// Its state and when it was made, without copying the rest.
+    #[must_use]
+    pub fn brief(&self) -> (ContainerState, SystemTime) {
+        let status = self.status.borrow();
+        (status.state, status.created_at)
     }
 
     /// Changes its status and wakes those who wait for it.

@@ -244,6 +244,21 @@ impl Images {
         }
     }
 
+    /// What a container's status calls the image with this id: its first name, and its first name
+    /// with a digest, else the id.
+    #[must_use]
+    pub fn titles(&self, id: &str) -> Option<(String, String)> {
+        let cache = self.read();
+        let names = &cache.by_id.get(id)?.names;
+        let tag = names.iter().find(|n| !is_id(n) && !n.contains('@'));
+        let first = tag.or_else(|| names.first());
+        let digest = names.iter().find(|n| n.contains('@'));
+        Some((
+            first.cloned().unwrap_or_else(|| id.to_owned()),
+            digest.cloned().unwrap_or_else(|| id.to_owned()),
+        ))
+    }
+
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Cache> {
         self.cache.read().unwrap_or_else(PoisonError::into_inner)
     }

@@ -58,40 +58,31 @@ impl Plugin {
     pub(super) fn pods(&self, filter: Option<api::PodSandboxFilter>) -> Vec<api::PodSandbox> {
         let filter = filter.unwrap_or_default();
         let pods = self.store.pods();
-        let encoded = pods.iter().map(|pod| {
-            let state = pod.state();
+        let matching = pods.iter().filter(|pod| {
+            pod.id.starts_with(&filter.id) && selected(&pod.config.labels, &filter.label_selector)
+        });
+        let encoded = matching.map(|pod| {
+            let (state, created_at) = pod.brief();
             api::PodSandbox {
                 id: pod.id.clone(),
                 metadata: pod.config.metadata.clone(),
-                state: state.state.into(),
-                created_at: time::to_nanos(state.created_at),
+                state: state.into(),
+                created_at: time::to_nanos(created_at),
                 labels: pod.config.labels.clone(),
                 annotations: pod.config.annotations.clone(),
                 runtime_handler: pod.handler.clone(),
             }
         });
         encoded
-            .filter(|p| p.id.starts_with(&filter.id))
             .filter(|p| filter.state.is_none_or(|s| s.state == p.state))
-            .filter(|p| selected(&p.labels, &filter.label_selector))
             .collect()
     }
 
     fn image_of(&self, container: &Container) -> (String, String) {
-        match self.images.find(&container.image_id) {
-            Some(image) => {
-                let reference = image
-                    .digests()
-                    .first()
-                    .cloned()
-                    .unwrap_or_else(|| image.id.clone());
-                (image.first_name(), reference)
-            }
-            None => {
-                let asked = container.config.image.as_ref().map(|i| i.image.clone());
-                (asked.unwrap_or_default(), container.image_id.clone())
-            }
-        }
+        self.images.titles(&container.image_id).unwrap_or_else(|| {
+            let asked = container.config.image.as_ref().map(|i| i.image.clone());
+            (asked.unwrap_or_default(), container.image_id.clone())
+        })
     }
 
     /// A container's status.
@@ -134,28 +125,32 @@ impl Plugin {
     pub(super) fn containers(&self, filter: Option<api::ContainerFilter>) -> Vec<api::Container> {
         let filter = filter.unwrap_or_default();
         let containers = self.store.containers();
-        let encoded = containers.iter().map(|container| {
-            let status = container.status();
+        let matching = containers.iter().filter(|container| {
+            container.id.starts_with(&filter.id)
+                && container.pod_id.starts_with(&filter.pod_sandbox_id)
+                && selected(&container.config.labels, &filter.label_selector)
+        });
+        let encoded = matching.filter_map(|container| {
+            let (state, created_at) = container.brief();
+            let state: i32 = state.into();
+            if filter.state.is_some_and(|s| s.state != state) {
+                return None;
+            }
             let config = &container.config;
             let (_, image_ref) = self.image_of(container);
-            api::Container {
+            Some(api::Container {
                 id: container.id.clone(),
                 pod_sandbox_id: container.pod_id.clone(),
                 metadata: config.metadata.clone(),
                 image: config.image.clone(),
                 image_ref,
-                state: status.state.into(),
-                created_at: time::to_nanos(status.created_at),
+                state,
+                created_at: time::to_nanos(created_at),
                 labels: config.labels.clone(),
                 annotations: config.annotations.clone(),
                 image_id: container.image_id.clone(),
-            }
+            })
         });
-        encoded
-            .filter(|c| c.id.starts_with(&filter.id))
-            .filter(|c| c.pod_sandbox_id.starts_with(&filter.pod_sandbox_id))
-            .filter(|c| filter.state.is_none_or(|s| s.state == c.state))
-            .filter(|c| selected(&c.labels, &filter.label_selector))
-            .collect()
+        encoded.collect()
     }
 }
