@@ -93,8 +93,8 @@ impl Plugin {
         Some(netns::new_path(dir))
     }
 
-    /// Makes the pod's namespace and attaches it to its networks.
-    pub(super) async fn make_network(&self, pod: &Pod) -> Result<()> {
+    /// Makes the pod's namespace.
+    pub(super) async fn make_netns(&self, pod: &Pod) -> Result<()> {
         let Some(path) = &pod.netns else {
             return Ok(());
         };
@@ -103,7 +103,14 @@ impl Plugin {
             Some((pinned, own)) => Some(userns::create(&pinned, own).await?),
             None => None,
         };
-        netns::create_named(path, owner).await?;
+        Ok(netns::create_named(path, owner).await?)
+    }
+
+    /// Attaches the pod to its networks.
+    pub(super) async fn make_network(&self, pod: &Pod) -> Result<()> {
+        let Some(path) = &pod.netns else {
+            return Ok(());
+        };
         let (ip, others, result) = self.attach_network(pod, path).await?;
         let result = serde_json::to_value(result)?;
         pod.update(|s| {

@@ -62,6 +62,27 @@ fn handler_of(config: &PodSandboxConfig, asked: String) -> Result<String> {
     Ok(UNTRUSTED_HANDLER.to_owned())
 }
 
+/// Attaches the network while the sandbox starts. A start that fails ends the wait for the network;
+/// a network that fails waits for the start, which then can be undone.
+async fn both<T>(
+    network: impl Future<Output = Result<()>>,
+    start: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    tokio::pin!(network, start);
+    tokio::select! {
+        attached = &mut network => {
+            let started = start.await;
+            attached?;
+            started
+        }
+        started = &mut start => {
+            let started = started?;
+            network.await?;
+            Ok(started)
+        }
+    }
+}
+
 impl Plugin {
     /// Runs a pod; its id. A failure leaves nothing, or a pod that is not ready when undoing it
     /// failed as well.
@@ -150,28 +171,29 @@ impl Plugin {
         let record = record?;
         lease?;
         pod.update(|s| s.created_at = record.created_at);
-        turn.at("network (CNI ADD), root and files");
+        turn.at("namespace, root and files");
         let scope = self.scope.with_lease(&pod.id);
-        let (network, rootfs, files) = tokio::join!(
-            self.make_network(pod),
+        let (namespace, rootfs, files) = tokio::join!(
+            self.make_netns(pod),
             self.pod_root_of(&scope, &snapshotter, pod, &image),
             self.write_pod_files(&pod.id, &pod.config)
         );
-        network?;
+        namespace?;
         files?;
         let task = CreateTask {
             rootfs: rootfs?,
             runtime: task_runtime(handler),
             ..CreateTask::of(&record)
         };
-        turn.at("start the sandbox");
-        let (kept, started) =
-            tokio::join!(self.keep_pod(pod, record), self.start_pod(&scope, task));
+        turn.at("network (CNI ADD), start of the sandbox");
+        let started = both(self.make_network(pod), self.start_pod(&scope, task)).await;
         let (handle, pid) = started?;
-        kept?;
         pod.update(|s| s.pid = pid);
+        turn.at("NRI RunPodSandbox");
         let _blocked = self.block_plugins().await;
         self.plugins_run_pod(pod).await?;
+        turn.at("keep");
+        self.keep_pod(pod, record).await?;
         pod.update(|s| {
             s.state = PodSandboxState::SandboxReady;
             s.visible = true;

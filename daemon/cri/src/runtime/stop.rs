@@ -69,10 +69,10 @@ impl Plugin {
         }
     }
 
-    /// Kills and deletes a task; one that is gone is fine.
-    pub(super) async fn kill_task(&self, id: &str) -> Result<()> {
+    /// Kills a task's processes and waits for their end; the task, when there is one.
+    async fn end_task(&self, id: &str) -> Result<Option<Handle>> {
         let Some(handle) = self.task(id).await? else {
-            return Ok(());
+            return Ok(None);
         };
         if handle.init().exit.is_none() {
             Self::signal(&handle, SIGKILL, true).await?;
@@ -82,6 +82,14 @@ impl Plugin {
             let message = format!("an error occurs during waiting for {id:?} to be killed");
             return Err(Error::new(ErrorKind::DeadlineExceeded, message));
         }
+        Ok(Some(handle))
+    }
+
+    /// Kills and deletes a task; one that is gone is fine.
+    pub(super) async fn kill_task(&self, id: &str) -> Result<()> {
+        let Some(handle) = self.end_task(id).await? else {
+            return Ok(());
+        };
         let deleted = tokio::time::timeout(kill_limit(), handle.delete()).await;
         match deleted.map(|done: Result<_, TaskError>| done.map_err(Error::from)) {
             Ok(Err(error)) if !error.is_not_found() => {
@@ -245,7 +253,8 @@ impl Plugin {
             stopped?;
         }
         turn.at("kill the sandbox");
-        self.kill_task(&pod.id).await?;
+        // Whoever watches it deletes the task, while the network goes.
+        self.end_task(&pod.id).await?;
         // Whoever watches it tells of the end, after the ends of its containers.
         if tokio::time::timeout(NOTE_LIMIT, pod.ended()).await.is_err() {
             self.pod_ended(pod);
@@ -309,6 +318,7 @@ impl Plugin {
     }
 
     async fn erase_pod(&self, pod: &Pod) -> Result<()> {
+        self.kill_task(&pod.id).await?;
         self.remove_pod_files(&pod.id).await?;
         // The configuration may name another one by now.
         let snapshotter = match self.db.containers().get(&self.scope, &pod.id) {
