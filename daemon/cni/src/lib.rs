@@ -47,7 +47,7 @@ use self::cache::{Cache, Entry};
 use self::exec::Invocation;
 use self::journal::Journal;
 
-/// Time for undoing one container's networks, counted anew whatever the caller has left.
+/// Longest time for undoing one container's networks; counted anew after a setup that failed.
 const TEARDOWN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time for the `STATUS` of all plugins; the kubelet asks every few seconds.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
@@ -201,9 +201,13 @@ impl Cni {
     ) -> Result<NetworkResult, Error> {
         let timer = self.metrics.start(Operation::Setup);
         let result = self.setup_all(id, netns, options).await;
+        let undo = Options {
+            timeout: TEARDOWN_TIMEOUT,
+            ..options.clone()
+        };
         if result.is_err()
             && self.journal.has(id)
-            && let Err(error) = self.teardown_all(id, Some(netns), options).await
+            && let Err(error) = self.teardown_all(id, Some(netns), &undo).await
         {
             tracing::warn!(container_id = id, %error, "undo of a failed network setup");
         }
@@ -312,7 +316,7 @@ impl Cni {
         let attachments = self.attachments(id, options).await?;
         let netns = netns.filter(|path| !netns::is_closed(path));
         let netns = netns.map_or_else(String::new, |path| path.to_string_lossy().into_owned());
-        let deadline = Instant::now() + TEARDOWN_TIMEOUT;
+        let deadline = Instant::now() + TEARDOWN_TIMEOUT.min(options.timeout);
         let mut dels = Vec::with_capacity(attachments.len());
         for attachment in &attachments {
             dels.push(self.detach(attachment, &netns, deadline));

@@ -15,7 +15,7 @@ pub struct Options {
     pub args: Vec<(String, String)>,
     /// Values for capabilities; a plugin gets those it declares.
     pub capabilities: Capabilities,
-    /// Time for all plugins together; what still runs then is killed.
+    /// Time for all plugins together; what still runs then is killed. A teardown has a minute at most.
     pub timeout: Duration,
     /// Interface names are this and a number.
     pub interface_prefix: String,

@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 use lighter_proto::errdefs::ErrorKind;
 
 use crate::error::{Error, Result};
+use crate::plugin::time_left;
 
+/// What is kept of a caller's time to answer it.
+const ANSWER_SHARE: Duration = Duration::from_millis(200);
 /// How long a call waits for the one before it.
 const PATIENCE: Duration = if cfg!(test) {
     Duration::from_millis(50)
@@ -52,7 +55,11 @@ impl Turn {
     /// # Cancellation
     /// Safe.
     pub async fn take(&self, call: &'static str, what: &str) -> Result<Taken<'_>> {
-        let Ok(guard) = tokio::time::timeout(PATIENCE, self.lock.lock()).await else {
+        // A caller that gives up sooner is to hear why.
+        let patience = time_left().map_or(PATIENCE, |left| {
+            PATIENCE.min(left.saturating_sub(ANSWER_SHARE))
+        });
+        let Ok(guard) = tokio::time::timeout(patience, self.lock.lock()).await else {
             let held = match *self.step() {
                 Some(Step { call, name, since }) => {
                     format!("{call} is at step {name:?} for {:.0?}", since.elapsed())
