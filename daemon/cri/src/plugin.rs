@@ -403,6 +403,11 @@ impl Plugin {
                 total.inodes += usage.inodes;
             }
         }
+        // Blobs count too: removing an image frees them as well.
+        for blob in self.db.content().list(&self.scope, &Filter::default())? {
+            total.size_bytes += blob.size_bytes;
+            total.inodes += 1;
+        }
         Ok((root.unwrap_or_default(), total))
     }
 

@@ -7,14 +7,20 @@ use lighter_engine::image::{Matcher, Tracker};
 use lighter_engine::registry::reference::Named;
 use lighter_engine::registry::{Anonymous, SessionOptions};
 use lighter_engine::registry::{Credential, CredentialRequest, Credentials, Secret};
-use lighter_engine::transfer::{NewImage, Pull, Select, UnpackRequest};
+use lighter_engine::transfer::{self, NewImage, Pull, Select, UnpackRequest};
 use lighter_proto::errdefs::{Classify as _, ErrorKind, render};
 use lighter_proto::runtime::v1::AuthConfig;
 use lighter_store::Labels;
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::{Images, MANAGED_LABEL, PINNED_LABEL};
+use crate::config;
 use crate::error::{Error, Result};
+
+/// How often the progress of a pull is looked at.
+const PROGRESS_LOOK: Duration = Duration::from_secs(1);
 
 /// The credentials of one pull, for the host they are meant for.
 #[derive(Debug)]
@@ -75,7 +81,59 @@ fn credentials(given: Option<&AuthConfig>) -> Result<Arc<dyn Credentials>> {
     Ok(Arc::new(Given { host, credential }))
 }
 
+/// The word that CRI defines for a failure: it comes first in the message.
+fn marker(error: &transfer::Error) -> Option<&'static str> {
+    use lighter_engine::registry::Error as Registry;
+    let of_registry = |error: &Registry| match error {
+        Registry::Transport { .. } => true,
+        Registry::Status { status, .. } => status.is_server_error(),
+        _ => false,
+    };
+    match error {
+        transfer::Error::Blocked { .. } => Some("SignatureValidationFailed"),
+        transfer::Error::Resolve(e) | transfer::Error::Registry(e) if of_registry(e) => {
+            Some("RegistryUnavailable")
+        }
+        _ => None,
+    }
+}
+
+/// Ends when blobs are being downloaded and no byte came for `limit`; never without a limit.
+async fn stalled(tracker: &Tracker, limit: Option<Duration>) {
+    let Some(limit) = limit else {
+        return std::future::pending().await;
+    };
+    let mut loading = BTreeSet::new();
+    let mut last = Instant::now();
+    loop {
+        tokio::time::sleep(PROGRESS_LOOK.min(limit)).await;
+        let events = tracker.drain();
+        if !events.is_empty() {
+            last = Instant::now();
+        }
+        for event in events {
+            if event.event == "downloading" {
+                loading.insert(event.name);
+            } else {
+                loading.remove(&event.name);
+            }
+        }
+        if loading.is_empty() {
+            last = Instant::now();
+        } else if last.elapsed() >= limit {
+            return;
+        }
+    }
+}
+
 impl Images {
+    /// How long no byte may come; `None` for ever.
+    fn progress_limit(&self) -> Result<Option<Duration>> {
+        let text = &self.config.image_pull_progress_timeout;
+        let limit = config::duration("image_pull_progress_timeout", text)?;
+        Ok(limit.filter(|l| !l.is_zero()))
+    }
+
     /// Pulls `text` and returns its image id. Callers that pull the same bytes share the work.
     ///
     /// # Errors
@@ -91,6 +149,7 @@ impl Images {
             Error::unknown(format!("failed to parse image reference {text:?}: {e}"))
         })?;
         let reference = named.canonical();
+        let limit = self.progress_limit()?;
         let pull = Pull {
             reference: reference.clone(),
             session: SessionOptions {
@@ -127,14 +186,24 @@ impl Images {
             .lease(&self.scope)
             .await
             .map_err(|e| failed(e.kind(), render(&e)))?;
-        let pulled = self
-            .transfer
-            .pull(lease.scope(), pull, &Tracker::default())
-            .await
-            .map_err(|e| failed(e.kind(), render(&e)));
+        let tracker = Tracker::watched();
+        let pulled = tokio::select! {
+            pulled = self.transfer.pull(lease.scope(), pull, &tracker) => Some(pulled),
+            () = stalled(&tracker, limit) => None,
+        };
         let recorded = match pulled {
-            Ok(pulled) => self.record(lease.scope(), &named, &pulled).await,
-            Err(error) => Err(error),
+            Some(Ok(pulled)) => self.record(lease.scope(), &named, &pulled).await,
+            Some(Err(error)) => {
+                let error_kind = error.kind();
+                Err(match marker(&error) {
+                    Some(marker) => failed(error_kind, render(&error)).context(marker),
+                    None => failed(error_kind, render(&error)),
+                })
+            }
+            None => {
+                let detail = "no progress for too long (image_pull_progress_timeout)".to_owned();
+                Err(failed(ErrorKind::Unknown, detail).context("RegistryUnavailable"))
+            }
         };
         lease.release().await;
         recorded
@@ -152,7 +221,7 @@ impl Images {
         &self,
         scope: &lighter_store::Scope,
         named: &Named,
-        pulled: &lighter_engine::transfer::Pulled,
+        pulled: &transfer::Pulled,
     ) -> Result<String> {
         let Some(manifest) = pulled.manifests.first() else {
             return Err(Error::not_found(format!(
