@@ -12,6 +12,7 @@ mod configuration;
 mod content;
 mod cri_attach;
 mod cri_bad_input;
+mod cri_chaos;
 mod cri_containers;
 mod cri_exec;
 mod cri_images;

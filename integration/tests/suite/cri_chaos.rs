@@ -1,0 +1,182 @@
+//! CRI: the daemon is killed again and again while pods are made and removed; clients that repeat
+//! what failed get where they want, and nothing is left over.
+//!
+//! `LIGHTER_CHAOS_PODS` and `LIGHTER_CHAOS_KILLS` scale it up from what a test run can afford.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use lighter_integration::Result;
+use lighter_integration::cri::{Cri, Node, Pod, newer};
+use lighter_proto::runtime::v1 as api;
+
+/// Containers in each pod.
+const CONTAINERS: usize = 3;
+/// Tries of one step before it counts as one that never works.
+const TRIES: u32 = 200;
+/// Pause between two tries.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Longest wait for one answer.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn scale(variable: &str, default: usize) -> usize {
+    let asked = std::env::var(variable).ok();
+    asked.and_then(|n| n.parse().ok()).unwrap_or(default)
+}
+
+/// One client with a pod of its own.
+struct Worker {
+    address: PathBuf,
+    pod: api::PodSandboxConfig,
+    containers: Vec<api::ContainerConfig>,
+}
+
+/// Tries `step` until it works; a daemon that is away or has just come back refuses.
+async fn again<T>(
+    address: &Path,
+    what: &str,
+    mut step: impl AsyncFnMut(&Cri) -> Result<Option<T>>,
+) -> Result<T> {
+    let mut last = None;
+    for _ in 0..TRIES {
+        if let Ok(cri) = Cri::connect(address).await {
+            match tokio::time::timeout(PATIENCE, step(&cri)).await {
+                Ok(Ok(Some(done))) => return Ok(done),
+                Ok(Ok(None)) => {}
+                Ok(Err(error)) => last = Some(error.to_string()),
+                Err(_) => anyhow::bail!("{what}: a call hangs"),
+            }
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+    anyhow::bail!("{what} never works: {last:?}")
+}
+
+impl Worker {
+    /// A pod under the worker's name that is ready: the one made, or one that was made without
+    /// the answer reaching us. One that is not ready is removed first, as a kubelet does.
+    async fn run(&self) -> Result<Pod> {
+        let metadata = self.pod.metadata.clone().unwrap_or_default();
+        again(&self.address, "RunPodSandbox", async |cri| {
+            for known in cri.pods(None).await? {
+                if known.metadata.as_ref() != Some(&metadata) {
+                    continue;
+                }
+                if known.state() == api::PodSandboxState::SandboxReady {
+                    return Ok(Some(Pod {
+                        id: known.id,
+                        config: self.pod.clone(),
+                    }));
+                }
+                cri.end_pod(&known.id).await?;
+            }
+            Ok(Some(cri.run_pod(&self.pod).await?))
+        })
+        .await
+    }
+
+    async fn start(&self, pod: &Pod, config: &api::ContainerConfig) -> Result<String> {
+        again(&self.address, "a container that runs", async |cri| {
+            let all = cri.containers(None).await?;
+            let same =
+                |c: &&api::Container| c.pod_sandbox_id == pod.id && c.metadata == config.metadata;
+            let id = match all.iter().find(same) {
+                Some(known) => known.id.clone(),
+                None => cri.create(pod, config).await?,
+            };
+            let status = cri.status(&id).await?;
+            match status.state() {
+                api::ContainerState::ContainerRunning => Ok(Some(id)),
+                api::ContainerState::ContainerCreated => {
+                    cri.start(&id).await?;
+                    Ok(Some(id))
+                }
+                other => anyhow::bail!("it is {other:?}: {} {}", status.reason, status.message),
+            }
+        })
+        .await
+    }
+
+    async fn remove(&self, pod: &Pod) -> Result {
+        again(&self.address, "RemovePodSandbox", async |cri| {
+            cri.end_pod(&pod.id).await?;
+            let left = cri.pods(None).await?;
+            Ok((!left.iter().any(|p| p.id == pod.id)).then_some(()))
+        })
+        .await
+    }
+
+    /// Makes and removes the pod until told to stop; leaves it running then. How many lives it had.
+    async fn live(&self, stop: &AtomicBool) -> Result<(Pod, Vec<String>, u32)> {
+        for lives in 1.. {
+            let pod = self.run().await?;
+            let mut ids = Vec::new();
+            for config in &self.containers {
+                ids.push(self.start(&pod, config).await?);
+            }
+            if stop.load(Ordering::Relaxed) {
+                return Ok((pod, ids, lives));
+            }
+            self.remove(&pod).await?;
+        }
+        unreachable!("it lives until it is told to stop")
+    }
+}
+
+#[tokio::test]
+async fn pods_converge_while_the_daemon_is_killed() -> Result {
+    if newer("state that converges") {
+        return Ok(());
+    }
+    let mut node = Node::with_network().await?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut workers = tokio::task::JoinSet::new();
+    for n in 0..scale("LIGHTER_CHAOS_PODS", 3) {
+        let worker = Worker {
+            address: node.daemon.address(),
+            pod: node.pod(&format!("chaos{n}")),
+            containers: (0..CONTAINERS)
+                .map(|c| node.idle(&format!("c{c}")))
+                .collect(),
+        };
+        let stop = Arc::clone(&stop);
+        workers.spawn(async move {
+            let end = worker.live(&stop).await;
+            end.with_context(|| format!("pod {n}"))
+        });
+    }
+    for _ in 0..scale("LIGHTER_CHAOS_KILLS", 5) {
+        let pause = 700 + u64::from(rand::random::<u8>()) * 8;
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        node.daemon.kill()?;
+        node.boot().await?;
+    }
+    stop.store(true, Ordering::Relaxed);
+    let mut lives = 0;
+    let mut kept = Vec::new();
+    while let Some(ended) = workers.join_next().await {
+        let (pod, ids, count) = ended??;
+        lives += count;
+        kept.push((pod, ids));
+    }
+    eprintln!("{lives} pods lived");
+    // What the last of them asked for stands, and answers.
+    for (pod, ids) in &kept {
+        let state = node.cri.pod_state(&pod.id).await?;
+        assert_eq!(state, api::PodSandboxState::SandboxReady);
+        for id in ids {
+            assert_eq!(node.cri.shell(id, "echo here").await?, "here\n");
+        }
+    }
+    assert_eq!(node.cri.pods(None).await?.len(), kept.len());
+    let all = node.cri.containers(None).await?;
+    assert_eq!(all.len(), kept.len() * CONTAINERS, "{all:#?}");
+    for (pod, _) in &kept {
+        node.cri.end_pod(&pod.id).await?;
+    }
+    assert!(node.network.held().is_empty(), "addresses are given back");
+    node.finish().await
+}
