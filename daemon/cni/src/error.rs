@@ -154,6 +154,9 @@ impl Classify for Error {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Name { .. } => ErrorKind::InvalidArgument,
+            Self::Plugin { failure, .. } if matches!(**failure, Failure::Hung { .. }) => {
+                ErrorKind::DeadlineExceeded
+            }
             // The kubelet prints the message and tries again; upstream gives these no class.
             Self::NotInitialized
             | Self::Load { .. }

@@ -82,16 +82,11 @@ from_classified!(
     lighter_engine::runtime::Error,
     lighter_snapshotter::Error,
     lighter_proto::errdefs::WireError,
+    crate::cni::Error,
 );
 
 impl From<crate::netns::Error> for Error {
     fn from(error: crate::netns::Error) -> Self {
-        Self::unknown(render(&error))
-    }
-}
-
-impl From<crate::cni::Error> for Error {
-    fn from(error: crate::cni::Error) -> Self {
         Self::unknown(render(&error))
     }
 }

@@ -367,13 +367,15 @@ impl Plugin {
         let handle =
             created.map_err(|e| Error::from(e).context("failed to create containerd task"))?;
         self.plugins_start(container, handle.init().pid).await?;
+        // Before it starts: it may have ended when the answer comes.
+        let started_at = SystemTime::now();
         let started = handle.start("").await;
         let pid = started.map_err(|e| Error::from(e).context("failed to start containerd task"))?;
         container.update(|s| {
             s.starting = false;
             s.state = ContainerState::ContainerRunning;
             s.pid = pid;
-            s.started_at = Some(SystemTime::now());
+            s.started_at = Some(started_at);
         });
         Ok(handle)
     }

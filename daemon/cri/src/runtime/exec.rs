@@ -444,6 +444,9 @@ impl Plugin {
     /// Tells the shim that the log file was moved away.
     pub(super) async fn reopen_log(&self, container: &Container) -> Result<()> {
         use lighter_proto::lighter::shim::v1::ReopenRequest;
+        if container.status().state != ContainerState::ContainerRunning {
+            return Err(Error::unknown("container is not running"));
+        }
         let handle = self.running(container).await?;
         let request = ReopenRequest {
             id: container.id.clone(),

@@ -17,7 +17,8 @@ const BANDWIDTH: (&str, &str) = (
     "kubernetes.io/ingress-bandwidth",
     "kubernetes.io/egress-bandwidth",
 );
-/// What is left of a caller's deadline for undoing a network that could not be set up.
+/// What is kept of a caller's time for undoing a network that could not be set up: this, and no
+/// more than a quarter.
 const UNDO_SHARE: Duration = Duration::from_secs(2);
 
 /// What plugins are told of a pod.
@@ -63,7 +64,7 @@ fn options(id: &str, config: &PodSandboxConfig) -> Result<Options> {
     capabilities.cgroup_path = parent.filter(|p| !p.is_empty());
     if let Some(left) = time_left() {
         // A plugin that hangs must leave time for the answer.
-        options.timeout = options.timeout.min(left.saturating_sub(UNDO_SHARE));
+        options.timeout = options.timeout.min(left - UNDO_SHARE.min(left / 4));
     }
     Ok(options)
 }
@@ -127,17 +128,14 @@ impl Plugin {
         pod: &Pod,
         path: &Path,
     ) -> Result<(String, Vec<String>, NetworkResult)> {
-        let failed = |detail: String| {
-            Error::unknown(format!(
-                "failed to setup network for sandbox {:?}: {detail}",
-                pod.id
-            ))
+        let failed = |error: Error| {
+            error.context(format!("failed to setup network for sandbox {:?}", pod.id))
         };
         let result = self
             .cni_of(&pod.handler)
             .setup(&pod.id, path, &options(&pod.id, &pod.config)?)
             .await
-            .map_err(|e| failed(lighter_proto::errdefs::render(&e)))?;
+            .map_err(|e| failed(e.into()))?;
         let preference = match self.config.runtime.cni.ip_pref.as_str() {
             "ipv6" => IpPreference::Ipv6,
             "cni" => IpPreference::Cni,
@@ -170,10 +168,16 @@ impl Plugin {
             config.annotations.clear();
             options(&pod.id, &config)
         })?;
-        self.cni_of(&pod.handler)
-            .teardown(&pod.id, open, &options)
-            .await
-            .map_err(|e| failed(e.into()))?;
+        let networks = self.cni_of(&pod.handler);
+        match networks.teardown(&pod.id, open, &options).await {
+            // It never was attached: a plugin that fails keeps nobody from going on. The journal
+            // has it, so the next start tries again.
+            Err(error) if pod.state().cni_result.is_none() => {
+                let error = lighter_proto::errdefs::render(&error);
+                tracing::warn!(sandbox_id = %pod.id, %error, "network not detached");
+            }
+            other => other.map_err(|e| failed(e.into()))?,
+        }
         netns::remove(path).await.map_err(|e| failed(e.into()))?;
         match self.userns_path(&pod.id, &pod.config) {
             Some(pinned) => userns::remove(&pinned),

@@ -136,6 +136,8 @@ impl Plugin {
         );
         self.admit_plugins().await?;
         gate.open(Arc::clone(self));
+        // What a killed daemon had begun is held by nothing now.
+        self.collect().await;
         // Plugins may hang: nobody waits for them.
         for id in stale {
             if let Err(error) = self.cni.detach_leftover(&id).await {
