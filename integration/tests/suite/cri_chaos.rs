@@ -4,7 +4,6 @@
 //! `LIGHTER_CHAOS_PODS` and `LIGHTER_CHAOS_KILLS` scale it up from what a test run can afford.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -132,33 +131,36 @@ async fn pods_converge_while_the_daemon_is_killed() -> Result {
         return Ok(());
     }
     let mut node = Node::with_network().await?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let mut workers = tokio::task::JoinSet::new();
-    for n in 0..scale("LIGHTER_CHAOS_PODS", 3) {
-        let worker = Worker {
-            address: node.daemon.address(),
-            pod: node.pod(&format!("chaos{n}")),
-            containers: (0..CONTAINERS)
-                .map(|c| node.idle(&format!("c{c}")))
-                .collect(),
-        };
-        let stop = Arc::clone(&stop);
-        workers.spawn(async move {
-            let end = worker.live(&stop).await;
-            end.with_context(|| format!("pod {n}"))
-        });
-    }
-    for _ in 0..scale("LIGHTER_CHAOS_KILLS", 5) {
-        let pause = 700 + u64::from(rand::random::<u8>()) * 8;
-        tokio::time::sleep(Duration::from_millis(pause)).await;
-        node.daemon.kill()?;
-        node.boot().await?;
-    }
-    stop.store(true, Ordering::Relaxed);
+    let stop = AtomicBool::new(false);
+    let worker = |n| Worker {
+        address: node.daemon.address(),
+        pod: node.pod(&format!("chaos{n}")),
+        containers: (0..CONTAINERS)
+            .map(|c| node.idle(&format!("c{c}")))
+            .collect(),
+    };
+    let workers: Vec<_> = (0..scale("LIGHTER_CHAOS_PODS", 3)).map(worker).collect();
+    let living = futures::future::join_all(workers.iter().map(|w| w.live(&stop)));
+    let killing = async {
+        for _ in 0..scale("LIGHTER_CHAOS_KILLS", 5) {
+            let pause = 700 + u64::from(rand::random::<u8>()) * 8;
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+            node.daemon.kill()?;
+            node.boot().await?;
+        }
+        Ok::<_, anyhow::Error>(())
+    };
+    let killing = async {
+        let killed = killing.await;
+        stop.store(true, Ordering::Relaxed);
+        killed
+    };
+    let (ended, killed) = tokio::join!(living, killing);
+    killed?;
     let mut lives = 0;
     let mut kept = Vec::new();
-    while let Some(ended) = workers.join_next().await {
-        let (pod, ids, count) = ended??;
+    for (n, ended) in ended.into_iter().enumerate() {
+        let (pod, ids, count) = ended.with_context(|| format!("pod {n}"))?;
         lives += count;
         kept.push((pod, ids));
     }
