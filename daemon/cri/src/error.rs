@@ -83,6 +83,7 @@ from_classified!(
     lighter_snapshotter::Error,
     lighter_proto::errdefs::WireError,
     crate::cni::Error,
+    crate::streaming::Error,
 );
 
 impl From<crate::netns::Error> for Error {

@@ -7,11 +7,6 @@ use lighter_proto::runtime::v1 as api;
 use super::seconds;
 use crate::error::{Error, Result};
 use crate::plugin::Plugin;
-use crate::streaming;
-
-fn refused(error: impl std::fmt::Display) -> Error {
-    Error::invalid(error.to_string())
-}
 
 pub(in crate::runtime) async fn exec_sync(
     this: Arc<Plugin>,
@@ -28,8 +23,7 @@ pub(in crate::runtime) async fn exec(
 ) -> Result<api::ExecResponse> {
     let container = this.store.container(&request.container_id)?;
     this.running(&container).await?;
-    let server: &Arc<streaming::Server> = this.streaming()?;
-    let url = server.exec_url(&request).map_err(refused)?;
+    let url = this.streaming()?.exec_url(&request)?;
     Ok(api::ExecResponse { url })
 }
 
@@ -39,7 +33,7 @@ pub(in crate::runtime) async fn attach(
 ) -> Result<api::AttachResponse> {
     let container = this.store.container(&request.container_id)?;
     this.running(&container).await?;
-    let url = this.streaming()?.attach_url(&request).map_err(refused)?;
+    let url = this.streaming()?.attach_url(&request)?;
     Ok(api::AttachResponse { url })
 }
 
@@ -53,6 +47,6 @@ pub(in crate::runtime) async fn port_forward(
         return Err(Error::unknown(message));
     }
     let server = this.streaming()?;
-    let url = server.port_forward_url(&request).map_err(refused)?;
+    let url = server.port_forward_url(&request)?;
     Ok(api::PortForwardResponse { url })
 }
