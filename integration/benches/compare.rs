@@ -15,6 +15,10 @@ use lighter_proto::containerd::runc::v1::Options as RuncOptions;
 use lighter_proto::containerd::services as svc;
 use prost_types::Any;
 
+mod report;
+
+use report::{memory, millis, wanted};
+
 /// A daemon with the way its containers are run.
 struct Contender {
     name: &'static str,
@@ -22,71 +26,6 @@ struct Contender {
     client: Client,
     top: String,
     options: Option<Any>,
-}
-
-/// Samples of one measurement, in its unit.
-#[derive(Default)]
-struct Samples(Vec<f64>);
-
-impl Samples {
-    fn at(&mut self, part: f64) -> f64 {
-        self.0.sort_by(f64::total_cmp);
-        let last = self.0.len().saturating_sub(1);
-        // Indexes are small and positive.
-        #[allow(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            clippy::cast_precision_loss,
-            reason = "an index within a short list"
-        )]
-        let index = (last as f64 * part).round() as usize;
-        self.0.get(index).copied().unwrap_or(f64::NAN)
-    }
-}
-
-/// One line of the report: unit, whether more is better, samples by contender.
-struct Row {
-    name: String,
-    unit: &'static str,
-    more_is_better: bool,
-    samples: Vec<(&'static str, Samples)>,
-}
-
-impl Row {
-    fn print(&mut self) {
-        let mut line = format!("{:<34}", format!("{} ({})", self.name, self.unit));
-        let mut reference = None;
-        for (name, samples) in &mut self.samples {
-            let (low, middle, high) = (samples.at(0.1), samples.at(0.5), samples.at(0.9));
-            let ratio = match reference {
-                None => {
-                    reference = Some(middle);
-                    String::new()
-                }
-                Some(reference) if self.more_is_better => format!(" ×{:.2}", middle / reference),
-                Some(reference) => format!(" ×{:.2}", reference / middle),
-            };
-            line.push_str(&format!("  {name} {middle:.2} [{low:.2}–{high:.2}]{ratio}"));
-        }
-        say(&line);
-    }
-}
-
-#[allow(clippy::print_stdout, reason = "the report is the product")]
-fn say(line: &str) {
-    println!("{line}");
-}
-
-fn rounds(usual: u32) -> u32 {
-    let scale = std::env::var("ROUNDS")
-        .ok()
-        .and_then(|n| n.parse::<u32>().ok())
-        .unwrap_or(10);
-    (usual * scale / 10).max(1)
-}
-
-fn wanted(name: &str) -> bool {
-    std::env::var("BENCH").map_or(true, |part| name.contains(&part))
 }
 
 fn runc() -> Option<Any> {
@@ -153,37 +92,18 @@ impl Contender {
     }
 }
 
-fn millis(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64() * 1e3
-}
-
 /// Measures `each` for every contender, interleaved.
 async fn measure<F>(
     all: &[Contender],
     name: &str,
     unit: &'static str,
     count: u32,
-    mut each: F,
+    each: F,
 ) -> Result
 where
     F: AsyncFnMut(&Contender, u32) -> Result<f64>,
 {
-    if !wanted(name) {
-        return Ok(());
-    }
-    let mut row = Row {
-        name: name.to_owned(),
-        unit,
-        more_is_better: unit.ends_with("/s"),
-        samples: all.iter().map(|c| (c.name, Samples::default())).collect(),
-    };
-    for round in 0..rounds(count) {
-        for (contender, (_, samples)) in all.iter().zip(&mut row.samples) {
-            samples.0.push(each(contender, round).await?);
-        }
-    }
-    row.print();
-    Ok(())
+    report::measure(all, |c| c.name, name, unit, count, each).await
 }
 
 async fn starts(all: &[Contender]) -> Result {
@@ -419,17 +339,6 @@ async fn calls(all: &[Contender]) -> Result {
         Ok(3200.0 / begun.elapsed().as_secs_f64())
     })
     .await
-}
-
-/// A row of `smaps_rollup`, in MB.
-fn memory(pid: i32, field: &str) -> Result<f64> {
-    let table = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let sum: f64 = table
-        .lines()
-        .filter(|line| line.starts_with(field))
-        .filter_map(|line| line.split_whitespace().nth(1)?.parse::<f64>().ok())
-        .sum();
-    Ok(sum / 1024.0)
 }
 
 async fn idle(all: &[Contender]) -> Result {

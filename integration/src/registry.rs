@@ -126,6 +126,47 @@ impl Registry {
         );
         Ok(reference)
     }
+
+    /// Puts an index over manifests that are there already as `repository:tag`, each with its
+    /// platform's architecture. Returns its reference.
+    ///
+    /// # Errors
+    /// When the registry refuses.
+    pub fn push_index(
+        &self,
+        manifests: &[(&Blob, &str)],
+        repository: &str,
+        tag: &str,
+    ) -> Result<String> {
+        use std::io::{Read as _, Write as _};
+        let kind = "application/vnd.oci.image.index.v1+json";
+        let manifests: Vec<_> = manifests
+            .iter()
+            .map(|(blob, architecture)| {
+                let mut descriptor = blob.descriptor();
+                descriptor["platform"] =
+                    serde_json::json!({ "os": "linux", "architecture": architecture });
+                descriptor
+            })
+            .collect();
+        let index = serde_json::json!({
+            "schemaVersion": 2, "mediaType": kind, "manifests": manifests,
+        })
+        .to_string();
+        let host = self.host();
+        let mut stream = std::net::TcpStream::connect(&host)?;
+        let head = format!(
+            "PUT /v2/{repository}/manifests/{tag} HTTP/1.0\r\nHost: {host}\r\nContent-Type: \
+             {kind}\r\nContent-Length: {}\r\n\r\n",
+            index.len()
+        );
+        stream.write_all(head.as_bytes())?;
+        stream.write_all(index.as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        anyhow::ensure!(answer.contains(" 201 "), "{answer}");
+        Ok(format!("{host}/{repository}:{tag}"))
+    }
 }
 
 impl Drop for Registry {

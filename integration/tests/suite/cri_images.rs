@@ -226,12 +226,11 @@ async fn failed_pulls_say_why_and_leave_nothing() -> Result {
         "rootfs": { "type": "layers", "diff_ids": [layer.diff_id] },
     });
     let foreign = Image::with_config("x", &config, vec![layer.clone()])?;
-    let reference = registry.push(&foreign, "library/foreign", "1")?;
-    let pulled_foreign = node.cri.pull(&reference, None).await;
-    if pulled_foreign.is_ok() {
-        assert!(newer("another platform's image is refused"));
-        node.cri.remove_image(&reference).await?;
-    }
+    registry.push(&foreign, "library/foreign", "1")?;
+    let only = [(&foreign.manifest, "s390x")];
+    let reference = registry.push_index(&only, "library/foreign", "all")?;
+    let refused = node.cri.pull(&reference, None).await.unwrap_err();
+    assert!(refused.message().contains("library/foreign"), "{refused}");
     // A layer that is not what its digest says.
     let bent = image("bent")?;
     let reference = registry.push(&bent, "library/bent", "1")?;
@@ -390,5 +389,83 @@ async fn streamed_and_pinned_images() -> Result {
     let listed: Vec<_> = listed.into_iter().map(|i| i.id).collect();
     assert_eq!(streamed, listed);
     node.cri.end_pod(&pod.id).await?;
+    node.finish().await
+}
+
+#[tokio::test]
+async fn an_image_is_mounted_whole_or_in_part() -> Result {
+    if newer("image volumes") {
+        return Ok(());
+    }
+    let node = Node::start().await?;
+    let mut cargo = Image::new(
+        "x",
+        vec![
+            Layer::busybox()?,
+            Layer::files(&[("hold/deep/grain", b"wheat\n"), ("hold/list", b"one\n")])?,
+        ],
+    )?;
+    cargo.name = "docker.io/test/cargo:1".into();
+    node.store(&cargo).await?;
+    let pod = node.run_pod("ship").await?;
+    let mount = |at: &str, below: &str| api::Mount {
+        container_path: at.to_owned(),
+        readonly: true,
+        image: Some(api::ImageSpec {
+            image: cargo.name.clone(),
+            ..Default::default()
+        }),
+        image_sub_path: below.to_owned(),
+        ..Default::default()
+    };
+    let mut config = node.idle("main");
+    config.mounts = vec![mount("/whole", ""), mount("/part", "hold/deep")];
+    let id = node.cri.run(&pod, &config).await?;
+    let script = "cat /whole/hold/list /part/grain; /whole/bin/busybox echo runs; \
+                  touch /whole/new /part/new 2>/dev/null || echo refused";
+    let out = node.cri.shell(&id, script).await?;
+    assert_eq!(out, "one\nwheat\nruns\nrefused\n");
+    let status = node.cri.status(&id).await?;
+    let shown = status.mounts.iter().find(|m| m.container_path == "/part");
+    let shown = shown.cloned().unwrap_or_default();
+    assert_eq!(
+        shown.image.unwrap_or_default().image_ref,
+        cargo.config.digest
+    );
+    // A second container of the pod shares the mount; it goes with the pod only.
+    let mut second = node.idle("second");
+    second.mounts = vec![mount("/whole", "")];
+    let other = node.cri.run(&pod, &second).await?;
+    node.cri.remove(&id).await?;
+    assert_eq!(
+        node.cri.shell(&other, "cat /whole/hold/list").await?,
+        "one\n"
+    );
+
+    type Change = fn(&mut api::Mount);
+    let changes: [(&str, Change); 6] = [
+        ("writable", |m| m.readonly = false),
+        ("of the host too", |m| m.host_path = "/tmp".into()),
+        ("no such part", |m| m.image_sub_path = "hold/none".into()),
+        ("a file", |m| m.image_sub_path = "hold/list".into()),
+        ("outside", |m| m.image_sub_path = "../../../../tmp/x".into()),
+        ("no such image", |m| {
+            m.image.get_or_insert_default().image = "no/such:1".into()
+        }),
+    ];
+    for (what, change) in changes {
+        let mut config = node.idle("odd");
+        let mut odd = mount("/odd", "");
+        change(&mut odd);
+        config.mounts = vec![odd];
+        let refused = node.cri.create(&pod, &config).await.unwrap_err();
+        assert!(
+            refused.message().contains("ImageVolumeMountFailed"),
+            "{what}: {refused}"
+        );
+        let missing = refused.code() == Code::NotFound;
+        assert_eq!(missing, what == "no such image", "{what}: {refused}");
+    }
+    node.cri.stop_pod(&pod.id).await?;
     node.finish().await
 }
