@@ -321,7 +321,9 @@ impl Node {
             let message = message?;
             let live = message.info.into_iter();
             keys.extend(
+                // What a killed daemon was unpacking goes when its lease runs out.
                 live.filter(|info| info.kind() != snap::Kind::Committed)
+                    .filter(|info| !info.name.starts_with("extract-"))
                     .map(|info| info.name),
             );
         }
