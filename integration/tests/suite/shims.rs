@@ -70,13 +70,14 @@ async fn the_others_shim_outlives_its_daemon() -> Result {
     daemon.finish().await
 }
 
+/// Only ours: containerd 1.6 takes every shim for a speaker of ttrpc, and 2.4 takes a connection over
+/// gRPC that it has just made, which is idle, for one that ended.
 #[tokio::test]
 async fn a_shim_may_speak_grpc() -> Result {
-    let (mut daemon, client, _, top) = ready().await?;
-    // containerd 1.6 takes shims for speakers of ttrpc.
-    if !client.is_recent().await? {
-        return daemon.finish().await;
+    if Subject::of_run() != Subject::Lighter {
+        return Ok(());
     }
+    let (mut daemon, client, _, top) = ready().await?;
     let spec = Spec::new(daemon.namespace(), "g", &["true"]);
     let shim = env!("CARGO_BIN_EXE_grpc-shim");
     let container = client
