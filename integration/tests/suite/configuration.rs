@@ -277,3 +277,45 @@ async fn what_cannot_be_done_is_refused_with_a_remedy() -> Result {
     assert!(policy.contains("neither shared nor isolated"), "{policy}");
     Ok(())
 }
+
+#[tokio::test]
+async fn mount_options_of_the_overlay_reach_its_mounts() -> Result {
+    let daemon = start(Options {
+        config: "[plugins.'io.containerd.snapshotter.v1.overlayfs']\nmount_options = \
+                 ['redirect_dir=nofollow']\n"
+            .to_owned(),
+        ..Options::default()
+    })
+    .await?;
+    let client = daemon.client().await?;
+    // containerd 1.6 has no such key.
+    if !client.is_recent().await? {
+        return daemon.finish().await;
+    }
+    let snapshotter = || "overlayfs".to_owned();
+    let prepare = |key: &str, parent: &str| svc::snapshots::v1::PrepareSnapshotRequest {
+        snapshotter: snapshotter(),
+        key: key.to_owned(),
+        parent: parent.to_owned(),
+        ..Default::default()
+    };
+    client.snapshots().prepare(prepare("k", "")).await?;
+    let commit = svc::snapshots::v1::CommitSnapshotRequest {
+        snapshotter: snapshotter(),
+        name: "base".to_owned(),
+        key: "k".to_owned(),
+        ..Default::default()
+    };
+    client.snapshots().commit(commit).await?;
+    let made = client
+        .snapshots()
+        .prepare(prepare("top", "base"))
+        .await?
+        .into_inner();
+    let options = &made.mounts[0].options;
+    assert!(
+        options.iter().any(|o| o == "redirect_dir=nofollow"),
+        "{options:?}"
+    );
+    daemon.finish().await
+}

@@ -1,8 +1,9 @@
 //! Transfers: pairs that there are and pairs that there are not, streams, the same archive again.
 
-use lighter_integration::{Client, Daemon, Image, Result, eventually};
+use lighter_integration::{Client, Daemon, Image, Options, Result, Subject, eventually};
 use lighter_proto::any;
 use lighter_proto::containerd::services::images::v1 as images;
+use lighter_proto::containerd::services::snapshots::v1 as snapshots;
 use lighter_proto::containerd::services::streaming::v1::StreamInit;
 use lighter_proto::containerd::services::transfer::v1::{TransferOptions, TransferRequest};
 use lighter_proto::containerd::types::transfer as types;
@@ -50,7 +51,7 @@ async fn open(
 }
 
 /// Imports `archive` the way clients do; returns the events of its progress.
-async fn import(client: &Client, archive: &[u8], round: u32) -> Result<Vec<String>> {
+async fn import(client: &Client, archive: &[u8], round: u32, to: Any) -> Result<Vec<String>> {
     let (data_id, progress_id) = (format!("data-{round}"), format!("progress-{round}"));
     let (data, mut window) = open(client, &data_id).await?;
     let (_open, mut progress) = open(client, &progress_id).await?;
@@ -88,7 +89,7 @@ async fn import(client: &Client, archive: &[u8], round: u32) -> Result<Vec<Strin
         stream: data_id,
         ..Default::default()
     });
-    transfer(client, source, store(""), &progress_id).await?;
+    transfer(client, source, to, &progress_id).await?;
     feeder.await?;
     Ok(tokio::time::timeout(std::time::Duration::from_secs(20), events).await??)
 }
@@ -106,7 +107,7 @@ async fn the_same_archive_is_imported_again_and_again() -> Result {
         name: image.name.clone(),
     };
     for round in 0..4 {
-        let events = import(&client, &archive, round).await?;
+        let events = import(&client, &archive, round, store("")).await?;
         assert!(!events.is_empty(), "round {round} tells of its progress");
         let found = client.images().get(get.clone()).await?.into_inner().image;
         let target = found.and_then(|image| image.target).unwrap_or_default();
@@ -170,5 +171,51 @@ async fn a_pair_that_makes_no_sense_is_named() -> Result {
         Ok(left.is_empty().then_some(()))
     })
     .await?;
+    daemon.finish().await
+}
+
+#[tokio::test]
+async fn the_configuration_says_what_may_be_unpacked() -> Result {
+    let platform = match std::env::consts::ARCH {
+        "x86_64" => "linux/amd64",
+        _ => "linux/arm64",
+    };
+    let options = Options {
+        config: format!(
+            "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nplatform = \
+             '{platform}'\nsnapshotter = 'native'\ndiffer = 'walking'\n"
+        ),
+        ..Options::default()
+    };
+    let daemon = Daemon::start_with(Subject::of_run(), &options).await?;
+    let client = daemon.client().await?;
+    if !client.is_recent().await? {
+        return daemon.finish().await;
+    }
+    let image = Image::busybox("docker.io/test/unpacked:1")?;
+    let (os, architecture) = platform.split_once('/').unwrap_or_default();
+    // The second wish is none that the configuration offers: it is left out.
+    let unpacks = ["native", "overlayfs"].map(|snapshotter| types::UnpackConfiguration {
+        platform: Some(lighter_proto::containerd::types::Platform {
+            os: os.to_owned(),
+            architecture: architecture.to_owned(),
+            ..Default::default()
+        }),
+        snapshotter: snapshotter.to_owned(),
+    });
+    let to = any::pack(&types::ImageStore {
+        unpacks: unpacks.to_vec(),
+        ..Default::default()
+    });
+    import(&client, &image.oci_archive()?, 0, to).await?;
+    let chain = image.chain_id(image.layers.len());
+    for (snapshotter, unpacked) in [("native", true), ("overlayfs", false)] {
+        let stat = snapshots::StatSnapshotRequest {
+            snapshotter: snapshotter.to_owned(),
+            key: chain.clone(),
+        };
+        let found = client.snapshots().stat(stat).await;
+        assert_eq!(found.is_ok(), unpacked, "{snapshotter}: {found:?}");
+    }
     daemon.finish().await
 }
