@@ -8,7 +8,7 @@
     reason = "what a shim answers goes to its output"
 )]
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
         .find(|arg| matches!(arg.as_str(), "start" | "delete" | "serve"))
     {
         Some(action) if action == "start" => start(),
-        Some(action) if action == "serve" => serve(args.next().unwrap_or_default().into()),
+        Some(action) if action == "serve" => serve(Path::new(&args.next().unwrap_or_default())),
         Some(_) => Ok(()),
         None => Err(anyhow::anyhow!("want start, delete or serve")),
     };
@@ -65,16 +65,16 @@ fn start() -> anyhow::Result<()> {
     anyhow::bail!("nobody listens on {}", socket.display())
 }
 
-fn serve(socket: PathBuf) -> anyhow::Result<()> {
+fn serve(socket: &Path) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     runtime.block_on(async {
-        let listener = UnixListener::bind(&socket)?;
+        let listener = UnixListener::bind(socket)?;
         let (stop, mut stopped) = watch::channel(false);
         let shim = Shim {
             stop,
-            ..Shim::new(&socket)
+            ..Shim::new(socket)
         };
         tonic::transport::Server::builder()
             .add_service(TaskServer::new(shim))

@@ -706,6 +706,7 @@ async fn an_open_ingest_outlives_its_lease() {
 /// requests go on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a measurement: `cargo test -p lighter-store -- --ignored --nocapture measured`"]
+#[allow(clippy::too_many_lines, reason = "one measurement, top to bottom")]
 async fn measured_a_large_collection_beside_requests() {
     use std::time::{Duration, Instant};
 
