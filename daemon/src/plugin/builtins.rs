@@ -134,17 +134,7 @@ pub(crate) fn graph(config: &Config, stores: Vec<Plugin>, differs: Vec<Plugin>) 
         kind::DIFFER,
         kind::STREAMING,
     ]));
-    for (id, requires) in SERVICES {
-        graph.add(Plugin::new(kind::SERVICE, id).requires(requires));
-    }
-    for (id, requires) in GRPC_SERVICES {
-        let mut plugin = Plugin::new(kind::GRPC, id).requires(requires);
-        let service = format!("{id}-service");
-        if SERVICES.iter().any(|(known, _)| *known == service) {
-            plugin = plugin.fronts(kind::SERVICE, &service);
-        }
-        graph.add(plugin);
-    }
+    services(&mut graph);
     graph.add(Plugin::new(kind::GRPC, "transfer").requires(&[kind::TRANSFER, kind::STREAMING]));
     graph.add(Plugin::new(kind::TTRPC, "events").requires(&[kind::EVENT]));
     let policies = ["no", "always", "on-failure", "unless-stopped"];
@@ -166,6 +156,21 @@ pub(crate) fn proxied(kind: &str, name: &str, proxy: &ProxyPlugin) -> Plugin {
         plugin = plugin.export(key, value.clone());
     }
     plugin
+}
+
+/// The in-process services, and their faces on the socket.
+fn services(graph: &mut Graph) {
+    for (id, requires) in SERVICES {
+        graph.add(Plugin::new(kind::SERVICE, id).requires(requires));
+    }
+    for (id, requires) in GRPC_SERVICES {
+        let mut plugin = Plugin::new(kind::GRPC, id).requires(requires);
+        let service = format!("{id}-service");
+        if SERVICES.iter().any(|(known, _)| *known == service) {
+            plugin = plugin.fronts(kind::SERVICE, &service);
+        }
+        graph.add(plugin);
+    }
 }
 
 /// Why a plugin is off.

@@ -145,7 +145,11 @@ async fn a_mount_activation_goes_with_what_keeps_it() -> Result {
     })
     .await?;
     assert!(is_mounted(&kept));
-    client.delete(&container).await?;
+    let delete = svc::containers::v1::DeleteContainerRequest {
+        id: container.id.clone(),
+    };
+    client.containers().delete(delete).await?;
+    // Its snapshot goes with the same collection.
     client.collect().await?;
     eventually("the container's activation is undone", async || {
         Ok((!is_mounted(&kept)).then_some(()))

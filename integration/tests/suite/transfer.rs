@@ -75,6 +75,9 @@ async fn import(client: &Client, archive: &[u8], round: u32, to: Any) -> Result<
             }
             left = later;
         }
+        // The end of the data; dropping the answers as well would cut off what is under way.
+        drop(data);
+        while let Ok(Some(_)) = window.message().await {}
     });
     let events = tokio::spawn(async move {
         let mut events = Vec::new();
