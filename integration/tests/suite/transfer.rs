@@ -36,6 +36,20 @@ fn store(name: &str) -> Any {
     })
 }
 
+/// The store, for images of an archive by the names that they have there.
+fn named(unpacks: Vec<types::UnpackConfiguration>) -> Any {
+    any::pack(&types::ImageStore {
+        extra_references: vec![types::ImageReference {
+            name: "import".to_owned(),
+            is_prefix: true,
+            allow_overwrite: true,
+            ..Default::default()
+        }],
+        unpacks,
+        ..Default::default()
+    })
+}
+
 /// Opens a stream; what comes from the daemon, and where to send.
 async fn open(
     client: &Client,
@@ -110,7 +124,7 @@ async fn the_same_archive_is_imported_again_and_again() -> Result {
         name: image.name.clone(),
     };
     for round in 0..4 {
-        let events = import(&client, &archive, round, store("")).await?;
+        let events = import(&client, &archive, round, named(vec![])).await?;
         assert!(!events.is_empty(), "round {round} tells of its progress");
         let found = client.images().get(get.clone()).await?.into_inner().image;
         let target = found.and_then(|image| image.target).unwrap_or_default();
@@ -206,11 +220,7 @@ async fn the_configuration_says_what_may_be_unpacked() -> Result {
         }),
         snapshotter: snapshotter.to_owned(),
     });
-    let to = any::pack(&types::ImageStore {
-        unpacks: unpacks.to_vec(),
-        ..Default::default()
-    });
-    import(&client, &image.oci_archive()?, 0, to).await?;
+    import(&client, &image.oci_archive()?, 0, named(unpacks.to_vec())).await?;
     let chain = image.chain_id(image.layers.len());
     for (snapshotter, unpacked) in [("native", true), ("overlayfs", false)] {
         let stat = snapshots::StatSnapshotRequest {
