@@ -367,3 +367,44 @@ fn deleting_takes_everybody_when_the_pid_namespace_is_shared() {
         });
     }
 }
+
+#[test]
+fn a_container_continues_from_its_checkpoint() {
+    // Not every kernel lets criu do its work: then there is nothing of ours to see.
+    let check = std::process::Command::new("criu").arg("check").output();
+    if !check.is_ok_and(|said| said.status.success()) {
+        eprintln!("skipped: criu is not installed or does not work on this kernel");
+        return;
+    }
+    let script = "i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.05; done";
+    let Some(bundle) = bundle(&["sh", "-c", script]) else {
+        return;
+    };
+    let bundle = bundle.without_namespace("network");
+    bundle.up();
+    let file = bundle.rootfs().join("tmp/count");
+    let count = || fs::read_to_string(&file).ok()?.trim().parse::<u32>().ok();
+    eventually("it counts", || count().is_some_and(|count| count > 5));
+    let images = bundle.path().join("images");
+    let images = images.to_str().unwrap();
+    let said = bundle.say(&["checkpoint", "--image-path", images, &bundle.id]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    let before = count().unwrap();
+    let path = bundle.path().to_str().unwrap().to_owned();
+    bundle.say(&["delete", "--force", &bundle.id]);
+    let said = bundle.say(&[
+        "restore",
+        "--detach",
+        "--image-path",
+        images,
+        "--bundle",
+        &path,
+        &bundle.id,
+    ]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert_eq!(bundle.status(), "running");
+    eventually("it counts on from where it was", || {
+        count().is_some_and(|count| count > before + 5)
+    });
+    assert!(count().unwrap() < before + 10_000);
+}
