@@ -130,7 +130,9 @@ async fn a_difference_comes_out_the_same_twice() -> Result {
         };
         let info = client.content().info(info).await?.into_inner().info;
         let labels = info.expect("a blob").labels;
-        assert!(labels["containerd.io/uncompressed"].starts_with("sha256:"));
+        if media_type.ends_with("+gzip") {
+            assert!(labels["containerd.io/uncompressed"].starts_with("sha256:"));
+        }
     }
     let refused = compare("application/x-unknown").await;
     let refused = refused.expect_err("no such form");

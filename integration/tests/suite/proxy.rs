@@ -125,10 +125,6 @@ async fn a_container_runs_on_a_snapshotter_of_ours_behind_either_daemon() -> Res
 
 #[tokio::test]
 async fn blobs_are_kept_in_a_content_store_of_ours_behind_the_daemon() -> Result {
-    if Subject::of_run() == Subject::Containerd {
-        // 1.6 takes the first content store of several, whichever that is.
-        return Ok(());
-    }
     let mut apart = Apart::start(&["--content"]).await?;
     let imported = tempfile::NamedTempFile::new()?;
     std::fs::write(

@@ -127,7 +127,7 @@ fn signed(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
-fn stored(info: wire::Info) -> Result<Stored, Error> {
+fn stored(info: &wire::Info) -> Result<Stored, Error> {
     Ok(Stored {
         digest: Digest::parse(&info.digest)?,
         size_bytes: count(info.size)?,
@@ -156,7 +156,7 @@ impl Store for Proxy {
         let answer = upkeep(client.info(asked)).await;
         let answer = answer.map_err(|error| of_blob(error, digest))?;
         let info = answer.into_inner().info.ok_or_else(|| damaged("no info"))?;
-        let info = stored(info)?;
+        let info = stored(&info)?;
         if info.digest != *digest {
             return Err(damaged("another blob's info"));
         }
@@ -192,7 +192,7 @@ impl Store for Proxy {
             }
             Ok(found)
         });
-        listed.await?.into_iter().map(stored).collect()
+        listed.await?.iter().map(stored).collect()
     }
 
     async fn status(&self, reference: &str) -> Result<IngestStatus, Error> {

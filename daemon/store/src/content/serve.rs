@@ -78,7 +78,7 @@ fn size(bytes: i64) -> Result<u64, Error> {
     })
 }
 
-fn encode(stored: Stored) -> wire::Info {
+fn encode(stored: &Stored) -> wire::Info {
     let time = to_timestamp(stored.created_at);
     wire::Info {
         digest: stored.digest.to_string(),
@@ -109,7 +109,7 @@ impl Content for Serve {
         let digest = parse(&request.get_ref().digest)?;
         let info = self.store.info(&digest).await.map_err(into_status)?;
         Ok(Response::new(wire::InfoResponse {
-            info: Some(encode(info)),
+            info: Some(encode(&info)),
         }))
     }
 
@@ -135,7 +135,7 @@ impl Content for Serve {
             .chunks(PAGE)
             .map(|page| {
                 Ok(wire::ListContentResponse {
-                    info: page.iter().cloned().map(encode).collect(),
+                    info: page.iter().map(encode).collect(),
                 })
             })
             .collect();
@@ -229,10 +229,9 @@ impl Content for Serve {
         self.tasks.spawn(async move {
             let mut open = None;
             loop {
-                let message = match requests.message().await {
-                    Ok(Some(message)) => message,
-                    // The ingest stays for resume.
-                    Ok(None) | Err(_) => return,
+                // The ingest stays for resume.
+                let Ok(Some(message)) = requests.message().await else {
+                    return;
                 };
                 let answer = handle(store.as_ref(), &mut open, message).await;
                 let ended = open.is_none();

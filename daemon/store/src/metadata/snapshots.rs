@@ -166,7 +166,7 @@ impl Snapshots {
         self.driver
             .update(&record.backend, below)
             .await
-            .map_err(|error| renamed(error, key))?;
+            .map_err(|error| renamed(error, &record.backend, key))?;
         self.inner
             .update(|change| {
                 let mut record = self
@@ -199,7 +199,7 @@ impl Snapshots {
     pub async fn usage(&self, scope: &Scope, key: &str) -> Result<Usage, Error> {
         let record = self.record(scope, key)?;
         let usage = self.driver.usage(&record.backend).await;
-        usage.map_err(|error| renamed(error, key))
+        usage.map_err(|error| renamed(error, &record.backend, key))
     }
 
     /// Mounts of an active snapshot or view.
@@ -209,7 +209,7 @@ impl Snapshots {
     pub async fn mounts(&self, scope: &Scope, key: &str) -> Result<Vec<Mount>, Error> {
         let record = self.record(scope, key)?;
         let mounts = self.driver.mounts(&record.backend).await;
-        mounts.map_err(|error| renamed(error, key))
+        mounts.map_err(|error| renamed(error, &record.backend, key))
     }
 
     /// Makes a writable snapshot. Event `/snapshot/prepare`.
@@ -447,10 +447,14 @@ fn not_found(key: &str) -> Error {
     .into()
 }
 
-/// A driver's error with the client's key instead of its own.
-fn renamed(error: driver::Error, key: &str) -> Error {
+/// A driver's error with the client's key instead of its own, `backend`.
+fn renamed(error: driver::Error, backend: &str, key: &str) -> Error {
     let key = key.to_owned();
     match error {
+        driver::Error::Remote(mut remote) => {
+            remote.message = remote.message.replace(backend, &key);
+            driver::Error::Remote(remote)
+        }
         driver::Error::NotFound { .. } => driver::Error::NotFound { key },
         driver::Error::NoMounts { .. } => driver::Error::NoMounts { key },
         driver::Error::NotActive { .. } => driver::Error::NotActive { key },

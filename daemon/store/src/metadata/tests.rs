@@ -577,8 +577,10 @@ async fn what_lost_its_bytes_is_dropped_and_can_be_made_anew() {
     std::fs::remove_dir_all(dir.path().join("native/snapshots")).unwrap();
     let db = open(&kv, dir.path(), SharingPolicy::Shared);
     let done = db.reconcile().await.unwrap();
-    assert_eq!((done.ingests, done.broken), (1, 3));
-    assert_eq!(std::fs::read_dir(&ingests).unwrap().count(), 0);
+    // What was never whole is the store's own affair, in whichever process it is.
+    let half_made = usize::from(std::env::var_os(PROXIED).is_some());
+    assert_eq!((done.ingests + half_made as u64, done.broken), (1, 3));
+    assert_eq!(std::fs::read_dir(&ingests).unwrap().count(), half_made);
     assert_eq!(
         kind(db.content().status(&a, "r").await),
         ErrorKind::NotFound

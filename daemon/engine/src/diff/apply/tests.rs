@@ -769,3 +769,46 @@ fn directories_that_give_their_group_do_not_give_it_to_entries_of_a_layer() {
         assert!(tree[path].contains(" 0:0 "), "{tree:?}");
     }
 }
+
+/// An upper directory of which nothing below is known.
+fn alone(layer: &[u8]) -> (tempfile::TempDir, Result<Applied, Error>) {
+    let dir = tempfile::tempdir().unwrap();
+    let mount = Mount {
+        fstype: "overlay".to_owned(),
+        source: "overlay".to_owned(),
+        options: vec![format!("upperdir={}", dir.path().display())],
+        ..Mount::default()
+    };
+    let applied = apply_to(&mount, layer);
+    (dir, applied)
+}
+
+#[test]
+fn a_layer_applied_alone_tells_what_it_leans_on() {
+    let whole = Tar::default()
+        .dir("etc/")
+        .file("etc/new", "new")
+        .dir("var/")
+        .file("var/.wh..wh..opq", "");
+    let (_dir, applied) = alone(&whole.end());
+    assert_eq!(applied.unwrap().leans_on, LeansOn::default());
+    let implies = Tar::default().file("tmp/x", "x");
+    let (_dir, applied) = alone(&implies.end());
+    assert!(applied.unwrap().leans_on.attributes);
+    let deletes = Tar::default()
+        .dir("etc/")
+        .file("etc/.wh.old", "")
+        .file(".wh.gone", "");
+    let (dir, applied) = alone(&deletes.end());
+    let leans_on = applied.unwrap().leans_on;
+    assert!(!leans_on.attributes);
+    assert_eq!(leans_on.deleted, [b"etc/old".to_vec(), b"gone".to_vec()]);
+    assert!(fs::symlink_metadata(dir.path().join("gone")).is_ok());
+    // What is not in the layer cannot be linked to.
+    let links = Tar::default().hard("copy", "bin/tool");
+    let (_dir, applied) = alone(&links.end());
+    assert_eq!(applied.unwrap_err().kind(), ErrorKind::InvalidArgument);
+    // Into a plain directory, and over layers that are known, nothing is left to ask.
+    let (_dir, plain) = into_dir(&Tar::default().file("tmp/x", "x").end());
+    assert_eq!(plain.unwrap().leans_on, LeansOn::default());
+}

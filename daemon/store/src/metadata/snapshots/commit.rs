@@ -1,6 +1,7 @@
 //! Commit: note what the active snapshot becomes, let the driver commit, turn the record over.
 
 use lighter_proto::containerd::events::SnapshotCommit;
+use lighter_proto::errdefs::{Classify, ErrorKind};
 use lighter_snapshotter::{self as driver, CommitOptions, Kind};
 
 use super::{Snapshots, inherited, kind_number, not_found, renamed};
@@ -42,12 +43,12 @@ impl Snapshots {
                 }
                 Ok(())
             })?;
-            return Err(match error {
-                driver::Error::AlreadyExists { .. } => driver::Error::AlreadyExists {
+            return Err(match error.kind() {
+                ErrorKind::AlreadyExists => driver::Error::AlreadyExists {
                     key: name.to_owned(),
                 }
                 .into(),
-                other => renamed(other, key),
+                _ => renamed(error, &active.backend, key),
             });
         }
         self.inner

@@ -85,7 +85,7 @@ impl Snapshots {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 return Err(self.adopt(make, parent.as_ref()).await?);
             }
-            Err(error) => return Err(made_error(error, make)),
+            Err(error) => return Err(made_error(error, make, &backend, parent_key)),
         };
         let recorded = self
             .inner
@@ -242,12 +242,20 @@ impl Snapshots {
     }
 }
 
-fn made_error(error: driver::Error, make: &Make) -> Error {
+/// A driver's error with the client's names instead of its own keys.
+fn made_error(error: driver::Error, make: &Make, backend: &str, parent_key: Option<&str>) -> Error {
     let parent = make.parent.clone().unwrap_or_default();
     match error {
         driver::Error::ParentNotFound { .. } => driver::Error::ParentNotFound { parent },
         driver::Error::ParentNotCommitted { .. } => driver::Error::ParentNotCommitted { parent },
-        other => return renamed(other, &make.key),
+        driver::Error::Remote(mut remote) => {
+            remote.message = remote.message.replace(backend, &make.key);
+            if let Some(parent_key) = parent_key {
+                remote.message = remote.message.replace(parent_key, &parent);
+            }
+            driver::Error::Remote(remote)
+        }
+        other => return renamed(other, backend, &make.key),
     }
     .into()
 }
