@@ -51,8 +51,8 @@ async fn native_keeps_the_contract() {
 
 /// An empty filesystem for the blockfile driver.
 fn scratch(path: &Path) {
-    let file = std::fs::File::create_new(path).unwrap();
-    file.set_len(24 << 20).unwrap();
+    let file = std::fs::File::create_new(path).expect("create");
+    file.set_len(24 << 20).expect("grow");
     let made = std::process::Command::new("mkfs.ext4")
         .args(["-q", "-F", "-O", "^has_journal", "-m", "0"])
         .arg(path)
@@ -60,13 +60,14 @@ fn scratch(path: &Path) {
     assert!(made.expect("mkfs.ext4 (e2fsprogs)").success());
     let image = lighter_snapshotter::Mount {
         fstype: "ext4".to_owned(),
-        source: path.to_str().unwrap().to_owned(),
+        source: path.to_str().expect("UTF-8").to_owned(),
         options: vec!["loop".to_owned()],
         ..lighter_snapshotter::Mount::default()
     };
-    let mounted = TempMount::new(path.parent().unwrap(), &[image], Access::AsGiven).unwrap();
-    std::fs::remove_dir(mounted.path().join("lost+found")).unwrap();
-    mounted.close().unwrap();
+    let mounted =
+        TempMount::new(path.parent().expect("a parent"), &[image], Access::AsGiven).expect("mount");
+    std::fs::remove_dir(mounted.path().join("lost+found")).expect("remove");
+    mounted.close().expect("unmount");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -149,7 +150,7 @@ fn erofs(root: &Path, change: impl FnOnce(&mut ErofsConfig)) -> Option<Erofs> {
         ..ErofsConfig::default()
     };
     change(&mut config);
-    match Erofs::open(Db::in_memory().unwrap(), b"s/erofs/", config) {
+    match Erofs::open(Db::in_memory().expect("database"), b"s/erofs/", config) {
         Ok(driver) => Some(driver),
         Err(error) if error.kind() == ErrorKind::FailedPrecondition => {
             eprintln!("skipped: {error}");
