@@ -107,12 +107,14 @@ pub(super) async fn run(
             })
         }
         Ok(Err(source)) => Err(Failure::Spawn { path, source }),
+        // It may have ended by the signal for writing where nobody reads.
+        Ok(Ok(_)) if output.overflowed => {
+            group.reaped();
+            let reason = format!("more than {MAX_STDOUT} bytes");
+            Err(garbage(reason, &output.bytes, stderr))
+        }
         Ok(Ok(status)) if status.success() => {
             group.reaped();
-            if output.overflowed {
-                let reason = format!("more than {MAX_STDOUT} bytes");
-                return Err(garbage(reason, &output.bytes, stderr));
-            }
             Ok(output.bytes)
         }
         Ok(Ok(status)) => {
@@ -269,6 +271,10 @@ impl Captured {
             let room = limit - self.bytes.len();
             self.overflowed |= count > room;
             self.bytes.extend_from_slice(&buffer[..count.min(room)]);
+            if self.overflowed {
+                // Reading on would keep a plugin going that never ends.
+                return;
+            }
         }
     }
 
