@@ -3,10 +3,10 @@
 use std::ffi::CString;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use rustix::fs::{Access, AtFlags, CWD, Gid, Mode, Uid};
+use rustix::fs::{Access, AtFlags, CWD, Gid, Mode, OFlags, Uid};
 
 use crate::capability::Wanted;
 use crate::error::{Context, Error, Result, errno_text};
@@ -166,6 +166,40 @@ fn own_stdio(uid: u32) {
         // Read-only filesystems, foreign user namespaces and sockets refuse: the stream still works as it is.
         rustix::fs::fchown(stream, Some(Uid::from_raw(uid)), None).ok();
     }
+}
+
+/// Standard streams that are the host's null device become the container's: a descriptor of the host's /dev is a way to its
+/// mount, and criu cannot find it again.
+pub(crate) fn own_null() -> Result<()> {
+    let is_null = |fd: BorrowedFd<'_>| {
+        rustix::fs::fstat(fd).is_ok_and(|found| {
+            rustix::fs::FileType::from_raw_mode(found.st_mode)
+                == rustix::fs::FileType::CharacterDevice
+                && found.st_rdev == rustix::fs::makedev(1, 3)
+        })
+    };
+    let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    // What the image has there instead of the device is none of ours; then the streams stay.
+    let Ok(null) = rustix::fs::open("/dev/null", flags, Mode::empty()) else {
+        return Ok(());
+    };
+    let (Ok(stdin), Ok(stdout), Ok(stderr)) =
+        (sys::inherited(0), sys::inherited(1), sys::inherited(2))
+    else {
+        return Ok(());
+    };
+    let streams = [stdin, stdout, stderr];
+    if !is_null(null.as_fd()) || !streams.iter().any(|stream| is_null(*stream)) {
+        return Ok(());
+    }
+    let streams = streams.map(|stream| {
+        if is_null(stream) {
+            null.as_fd()
+        } else {
+            stream
+        }
+    });
+    sys::renumber_stdio(streams).context(|| "use the container's null device")
 }
 
 /// Becomes the process's user with its capabilities, in its working directory.

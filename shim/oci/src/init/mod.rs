@@ -158,6 +158,7 @@ impl Init<'_> {
         rustix::process::umask(rustix::fs::Mode::empty());
         let terminal = self.build_root()?;
         self.use_stdio(terminal.as_ref())?;
+        identity::own_null()?;
         self.become_program()
     }
 
