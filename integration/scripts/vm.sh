@@ -40,7 +40,7 @@ kernel() {
     cp integration/vm/stage1 "$root/init"
     chmod +x "$root/init"
     for module in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk overlay \
-        unix_diag inet_diag tcp_diag udp_diag netlink_diag af_packet_diag dummy veth loop; do
+        unix_diag inet_diag tcp_diag udp_diag netlink_diag af_packet_diag dummy veth loop tun libcrc32c nfnetlink nf_tables; do
         find "$modules" -name $module.ko -exec cp {} "$root/modules/" \;
     done
     (cd "$root" && find . | busybox cpio -o -H newc 2>/dev/null) >"$out/initramfs.cpio"
