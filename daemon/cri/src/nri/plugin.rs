@@ -40,6 +40,10 @@ pub(super) struct Plugin {
     /// Bit n−1 is set for event n.
     events: i32,
     timeout: Duration,
+    /// How long it may take to learn of everything: all else waits for that.
+    synchronize_timeout: Duration,
+    /// Held for each call: one at a time, in the order that their numbers on the wire must have.
+    turn: tokio::sync::Mutex<()>,
     /// Cancelled when the plugin is gone or is to go.
     pub(super) closed: CancellationToken,
     /// Events that it knows only in their old common form.
@@ -145,8 +149,10 @@ impl Plugin {
             client,
             events,
             timeout: terms.request_timeout,
+            synchronize_timeout: terms.registration_timeout.max(terms.request_timeout),
             closed,
             old_form: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
         })
     }
 
@@ -157,8 +163,13 @@ impl Plugin {
         containers: Vec<Container>,
     ) -> Result<Vec<ContainerUpdate>, Refused> {
         for request in chunks(pods, containers) {
-            let answer: SynchronizeResponse =
-                raw_call(&self.client, "Synchronize", &request, self.timeout).await?;
+            let answer: SynchronizeResponse = raw_call(
+                &self.client,
+                "Synchronize",
+                &request,
+                self.synchronize_timeout,
+            )
+            .await?;
             if answer.more != request.more {
                 return Err(Refused::Unsplit);
             }
@@ -188,6 +199,7 @@ impl Plugin {
         request: &Req,
         metrics: &Metrics,
     ) -> Result<Option<Res>, Error> {
+        let _turn = self.turn.lock().await;
         if !self.wants(event) {
             return Ok(None);
         }
@@ -207,6 +219,7 @@ impl Plugin {
         old: impl FnOnce() -> (Option<PodSandbox>, Option<Container>),
         metrics: &Metrics,
     ) -> Result<(), Error> {
+        let _turn = self.turn.lock().await;
         if !self.wants(event) {
             return Ok(());
         }
