@@ -11,7 +11,7 @@ use lighter_proto::time;
 use tonic::{Request, Response, Status};
 
 use super::Image;
-use crate::plugin::{Gate, Plugin, owned};
+use crate::plugin::{Gate, Plugin, deadline, owned};
 
 /// Items in one message of a streamed list.
 const BATCH: usize = 5000;
@@ -114,6 +114,7 @@ impl ImageService for ImageEdge {
         &self,
         request: Request<api::PullImageRequest>,
     ) -> Result<Response<api::PullImageResponse>, Status> {
+        let until = deadline(request.metadata());
         let request = request.into_inner();
         let handler = request
             .image
@@ -124,7 +125,7 @@ impl ImageService for ImageEdge {
         let plugin = Arc::clone(self.0.plugin()?);
         let snapshotter = plugin.snapshotter_of(&handler);
         // A kubelet that hangs up must not leave half a pull to be repeated from the start.
-        owned(&Arc::clone(&plugin), None, async move {
+        owned(&Arc::clone(&plugin), until, async move {
             let image_ref = plugin
                 .images
                 .pull(&name, request.auth.as_ref(), &snapshotter)
