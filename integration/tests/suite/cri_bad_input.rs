@@ -324,22 +324,22 @@ async fn containers_that_cannot_be_are_refused_and_leave_nothing() -> Result {
         ("no metadata", |c| c.metadata = None),
         ("no image", |c| c.image = None),
         ("unknown image", |c| {
-            c.image.get_or_insert_default().image = "no/such:1".into()
+            c.image.get_or_insert_default().image = "no/such:1".into();
         }),
         ("malformed image", |c| {
-            c.image.get_or_insert_default().image = "UPPER CASE".into()
+            c.image.get_or_insert_default().image = "UPPER CASE".into();
         }),
         ("user that cannot be", |c| {
-            rights(c).run_as_user = Some(api::Int64Value { value: -5 })
+            rights(c).run_as_user = Some(api::Int64Value { value: -5 });
         }),
         ("user beyond numbers", |c| {
-            rights(c).run_as_user = Some(api::Int64Value { value: 1 << 40 })
+            rights(c).run_as_user = Some(api::Int64Value { value: 1 << 40 });
         }),
         ("unknown user", |c| {
-            rights(c).run_as_username = "nobody-known".into()
+            rights(c).run_as_username = "nobody-known".into();
         }),
         ("group without user", |c| {
-            rights(c).run_as_group = Some(api::Int64Value { value: 5 })
+            rights(c).run_as_group = Some(api::Int64Value { value: 5 });
         }),
         ("privileged", |c| rights(c).privileged = true),
         ("unknown device", |c| {
@@ -347,26 +347,26 @@ async fn containers_that_cannot_be_are_refused_and_leave_nothing() -> Result {
                 container_path: "/dev/x".into(),
                 host_path: "/dev/no-such".into(),
                 permissions: "rwm".into(),
-            })
+            });
         }),
         ("seccomp profile that is not there", |c| {
             rights(c).seccomp = Some(api::SecurityProfile {
                 profile_type: 2,
                 localhost_ref: "/no/such/profile.json".into(),
-            })
+            });
         }),
         ("AppArmor profile that is not there", |c| {
             rights(c).apparmor = Some(api::SecurityProfile {
                 profile_type: 2,
                 localhost_ref: "no-such-profile".into(),
-            })
+            });
         }),
         ("target that is not there", |c| {
             rights(c).namespace_options = Some(api::NamespaceOption {
                 pid: api::NamespaceMode::Target.into(),
                 target_id: NOBODY.into(),
                 ..Default::default()
-            })
+            });
         }),
         ("mount that must be shared", |c| {
             mount(
@@ -377,7 +377,7 @@ async fn containers_that_cannot_be_are_refused_and_leave_nothing() -> Result {
                     propagation: api::MountPropagation::PropagationBidirectional.into(),
                     ..Default::default()
                 },
-            )
+            );
         }),
         ("writable recursive read-only mount", |c| {
             mount(
@@ -388,7 +388,7 @@ async fn containers_that_cannot_be_are_refused_and_leave_nothing() -> Result {
                     recursive_read_only: true,
                     ..Default::default()
                 },
-            )
+            );
         }),
     ];
     let on_reference = [
@@ -417,7 +417,7 @@ async fn containers_that_cannot_be_are_refused_and_leave_nothing() -> Result {
         assert!(left.is_empty(), "{what}: {left:?}");
         if !newer("a failed container leaves no snapshot") {
             let keys = node.snapshot_keys().await?;
-            assert_eq!(keys, [pod.id.clone()], "{what}");
+            assert_eq!(keys, std::slice::from_ref(&pod.id), "{what}");
             let kept = node.records();
             let kept: Vec<_> = kept.iter().filter(|p| !p.ends_with(&pod.id)).collect();
             assert!(kept.is_empty(), "{what}: {kept:?}");

@@ -450,7 +450,7 @@ async fn an_image_is_mounted_whole_or_in_part() -> Result {
         ("a file", |m| m.image_sub_path = "hold/list".into()),
         ("outside", |m| m.image_sub_path = "../../../../tmp/x".into()),
         ("no such image", |m| {
-            m.image.get_or_insert_default().image = "no/such:1".into()
+            m.image.get_or_insert_default().image = "no/such:1".into();
         }),
     ];
     for (what, change) in changes {

@@ -27,11 +27,7 @@ async fn containers_tell_what_they_use() -> Result {
         .await?;
     let found = eventually("it used some time", async || {
         let found = stats(&node, &busy).await?;
-        let used = found
-            .cpu
-            .clone()
-            .unwrap_or_default()
-            .usage_core_nano_seconds;
+        let used = found.cpu.unwrap_or_default().usage_core_nano_seconds;
         Ok((used.unwrap_or_default().value > 100_000_000).then_some(found))
     })
     .await?;
@@ -71,7 +67,7 @@ async fn containers_tell_what_they_use() -> Result {
         id: busy.clone(),
         ..Default::default()
     };
-    assert_eq!(list(Some(by_id)).await?, [busy.clone()]);
+    assert_eq!(list(Some(by_id)).await?, std::slice::from_ref(&busy));
     let by_label = api::ContainerStatsFilter {
         label_selector: [("part".to_owned(), "main".to_owned())].into(),
         ..Default::default()
