@@ -84,7 +84,8 @@ disk() {
         put "$bin/$name" "/vm/bin/$name"
     done
     # Peers, where they are installed.
-    for name in /usr/sbin/criu /usr/bin/crun /usr/sbin/runc /usr/bin/containerd-shim-runc-v2 /usr/sbin/ip; do
+    for name in /usr/sbin/criu /usr/bin/crun /usr/sbin/runc /usr/bin/containerd-shim-runc-v2 /usr/sbin/ip \
+        /usr/bin/tar; do
         [ ! -x $name ] || put $name $name
     done
     printf 'VM_FILTER="%s"\nVM_SUITE="%s"\nexport LIGHTER_BIN_DIR=/vm/bin LIGHTER_OCI=/vm/bin/lighter-oci\nexport PATH=/vm/bin:$PATH\n' \
