@@ -11,7 +11,7 @@ use crate::cgroup::{Group, Stats, systemd};
 use crate::error::{Context, Error, Result};
 use crate::hooks;
 use crate::runtime::Runtime;
-use crate::spec::Resources;
+use crate::spec::{Hook, Hooks, Resources};
 use crate::state::{Directory, Record, State, Status, process_stat};
 
 /// Whom a signal reaches.
@@ -80,6 +80,21 @@ impl<'a> Container<'a> {
         })
     }
 
+    /// As [`lock`](Self::lock), but `None` if somebody else has it.
+    fn try_lock(&self) -> Result<Option<Locked<'_>>> {
+        if !self.directory.try_lock()? {
+            return Ok(None);
+        }
+        let record = self
+            .directory
+            .read(&self.id)
+            .inspect_err(|_| self.directory.unlock())?;
+        Ok(Some(Locked {
+            container: self,
+            record,
+        }))
+    }
+
     /// The container's id.
     #[must_use]
     pub fn id(&self) -> &str {
@@ -139,7 +154,40 @@ impl<'a> Container<'a> {
     /// could not be executed or a hook failed.
     pub fn start(&self) -> Result<()> {
         let locked = self.lock()?;
-        let record = &locked.record;
+        let start = self.tell_start(&locked.record)?;
+        wait_for(&start, PollFlags::empty(), None)?;
+        self.started(&locked.record)
+    }
+
+    /// The first half of [`start`](Self::start), which waits for nothing: the program runs, or could not be executed,
+    /// when the returned descriptor shows an error to poll(2); [`finish_start`](Self::finish_start) then says which.
+    /// `None`, and nothing done, if the container is busy or has poststart hooks: those take [`start`](Self::start).
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn begin_start(&self) -> Result<Option<OwnedFd>> {
+        let Some(locked) = self.try_lock()? else {
+            return Ok(None);
+        };
+        if locked.has_hooks(|hooks| &hooks.poststart) {
+            return Ok(None);
+        }
+        self.tell_start(&locked.record).map(Some)
+    }
+
+    /// The second half of a start.
+    ///
+    /// # Errors
+    /// `Process` with the reason if the program could not be executed.
+    pub fn finish_start(&self) -> Result<()> {
+        match self.directory.failure() {
+            Some(text) => Err(Error::Process(text)),
+            None => Ok(()),
+        }
+    }
+
+    /// Lets init go on. Its end of the returned fifo closes when it executes its program, and when it dies.
+    fn tell_start(&self, record: &Record) -> Result<OwnedFd> {
         match self.status(record) {
             Status::Created | Status::Creating => {}
             Status::Stopped => {
@@ -163,11 +211,11 @@ impl<'a> Container<'a> {
         };
         rustix::io::write(&start, &record.pid.to_ne_bytes()).context(|| "start the container")?;
         self.directory.remove_start();
-        // Init's end of the fifo closes when it executes its program, and when it dies.
-        wait_for(&start, PollFlags::empty(), None)?;
-        if let Some(text) = self.directory.failure() {
-            return Err(Error::Process(text));
-        }
+        Ok(start)
+    }
+
+    fn started(&self, record: &Record) -> Result<()> {
+        self.finish_start()?;
         if let Some(hooks) = record
             .hooks
             .as_ref()
@@ -285,6 +333,32 @@ impl<'a> Container<'a> {
             .stats()
     }
 
+    /// [`delete`](Self::delete) of a stopped container, if that takes no waiting: `false` if it would (its control
+    /// group is still busy, or it has poststop hooks, or systemd is to be asked). What was removed until then stays so.
+    ///
+    /// # Errors
+    /// As [`delete`](Self::delete).
+    pub fn delete_at_once(&self) -> Result<bool> {
+        let Some(locked) = self.try_lock()? else {
+            return Ok(false);
+        };
+        let record = &locked.record;
+        let waits = locked.has_hooks(|hooks| &hooks.poststop)
+            || record.systemd_unit.is_some()
+            || record.resctrl.is_some()
+            || record.namespaces & libc::CLONE_NEWPID == 0;
+        if waits || self.status(record) != Status::Stopped {
+            return Ok(false);
+        }
+        if let Some(group) = &record.group
+            && !group.remove_at_once()?
+        {
+            return Ok(false);
+        }
+        self.directory.remove()?;
+        Ok(true)
+    }
+
     /// Removes everything the runtime made for it, and runs the poststop hooks.
     ///
     /// # Errors
@@ -332,6 +406,11 @@ impl<'a> Container<'a> {
 }
 
 impl Locked<'_> {
+    fn has_hooks(&self, kind: impl Fn(&Hooks) -> &Vec<Hook>) -> bool {
+        let hooks = self.record.hooks.as_ref();
+        hooks.is_some_and(|hooks| !kind(hooks).is_empty())
+    }
+
     fn group(&self) -> Result<&Group> {
         self.record
             .group

@@ -78,11 +78,17 @@ impl Runtime {
             Err(Error::Unsupported(_)) => None,
             Err(error) => return Err(error),
         };
-        Ok(Self {
+        Ok(Self::on(options, host))
+    }
+
+    /// A runtime on a machine that was looked at before, by a process in the same control groups as this one.
+    #[must_use]
+    pub fn on(options: Options, host: Option<Host>) -> Self {
+        Self {
             options,
             host,
             profiles: RefCell::default(),
-        })
+        }
     }
 
     /// A container that exists.

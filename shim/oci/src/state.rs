@@ -241,6 +241,15 @@ impl Directory {
             .context(|| format!("lock {}", self.path.display()))
     }
 
+    /// As [`lock`](Self::lock) without waiting; `false` if somebody else has it.
+    pub(crate) fn try_lock(&self) -> Result<bool> {
+        match rustix::fs::flock(&self.fd, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+            Err(error) => Err(error).context(|| format!("lock {}", self.path.display())),
+        }
+    }
+
     pub(crate) fn unlock(&self) {
         rustix::fs::flock(&self.fd, FlockOperation::Unlock).ok();
     }

@@ -21,6 +21,30 @@ pub(super) fn write(directory: &Path, file: &str, value: &str) -> Result<()> {
     file.write_all(value.as_bytes()).context(what)
 }
 
+/// A file that takes several values, each with one write(2) from its start.
+pub(super) struct Written {
+    path: std::path::PathBuf,
+    file: File,
+}
+
+impl Written {
+    pub(super) fn open(directory: &Path, file: &str) -> Result<Self> {
+        let path = directory.join(file);
+        let file = File::options()
+            .write(true)
+            .open(&path)
+            .context(|| format!("open {}", path.display()))?;
+        Ok(Self { path, file })
+    }
+
+    pub(super) fn write(&mut self, value: &str) -> Result<()> {
+        use std::os::unix::fs::FileExt as _;
+        self.file
+            .write_all_at(value.as_bytes(), 0)
+            .context(|| format!("failed to write {value:?} to {}", self.path.display()))
+    }
+}
+
 /// Reads a file without the newline at its end.
 pub(super) fn read(directory: &Path, file: &str) -> Result<String> {
     let path = directory.join(file);

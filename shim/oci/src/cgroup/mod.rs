@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::spec::Resources;
 
 pub use host::Host;
@@ -374,6 +374,35 @@ impl Group {
             }
             Self::Unified { path } => fs::remove(path),
         }
+    }
+
+    /// Removes the directories without waiting; `false` if one is busy. Those removed by then stay so.
+    pub(crate) fn remove_at_once(&self) -> Result<bool> {
+        let mut paths: Vec<&Path> = match self {
+            Self::Legacy { directories, .. } => directories
+                .iter()
+                .map(|directory| directory.path.as_path())
+                .collect(),
+            Self::Unified { path } => vec![path],
+        };
+        if let Self::Legacy {
+            unified: Some(path),
+            ..
+        } = self
+        {
+            paths.push(path);
+        }
+        for path in paths {
+            match rustix::fs::rmdir(path) {
+                Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+                // Processes, or groups below.
+                Err(rustix::io::Errno::BUSY | rustix::io::Errno::NOTEMPTY) => return Ok(false),
+                Err(error) => {
+                    return Err(error).context(|| format!("remove cgroup {}", path.display()));
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// Current figures.

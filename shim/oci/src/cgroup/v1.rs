@@ -379,18 +379,36 @@ fn apply_block_io(directories: &[Directory], block: &BlockIo) -> Result<()> {
     Ok(())
 }
 
-/// Writes device rules; the later of two that overlap wins, as the kernel takes them in order.
+/// Writes device rules; the later of two that overlap wins, as the kernel takes them in order. One that was written
+/// already and not contradicted since is left out: the specification's list and ours have most in common.
 pub(super) fn allow_devices(directories: &[Directory], rules: &[Rule]) -> Result<()> {
     let Some(path) = find(directories, "devices") else {
         return Ok(());
     };
+    let mut open: Option<(bool, fs::Written)> = None;
+    let mut standing: Vec<String> = Vec::with_capacity(rules.len());
     for rule in rules {
-        let file = if rule.allow {
-            "devices.allow"
-        } else {
-            "devices.deny"
-        };
-        fs::write(path, file, &rule.to_string())?;
+        let text = rule.to_string();
+        match &mut open {
+            Some((allow, file)) if *allow == rule.allow => {
+                if standing.contains(&text) {
+                    continue;
+                }
+                file.write(&text)?;
+            }
+            _ => {
+                let name = if rule.allow {
+                    "devices.allow"
+                } else {
+                    "devices.deny"
+                };
+                let mut file = fs::Written::open(path, name)?;
+                file.write(&text)?;
+                standing.clear();
+                open = Some((rule.allow, file));
+            }
+        }
+        standing.push(text);
     }
     Ok(())
 }
