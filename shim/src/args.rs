@@ -19,6 +19,8 @@ pub(crate) struct Flags {
     pub(crate) socket: String,
     /// Debug socket; accepted, and unused: there is no profile endpoint to serve.
     pub(crate) debug_socket: String,
+    /// How many shims `warm` keeps ready.
+    pub(crate) ready: String,
     /// Whether the daemon logs at debug level.
     pub(crate) debug: bool,
     /// Print the version.
@@ -95,6 +97,7 @@ fn text<'a>(flags: &'a mut Flags, name: &str) -> Option<&'a mut String> {
         "bundle" => &mut flags.bundle,
         "socket" => &mut flags.socket,
         "debug-socket" => &mut flags.debug_socket,
+        "ready" => &mut flags.ready,
         _ => return None,
     })
 }

@@ -1,7 +1,7 @@
 //! `containerd-shim-lighter-v2`: one process that outlives the daemon and holds containers.
 //!
-//! The command line and standard streams follow containerd's runtime v2 protocol; see `start` for the
-//! ways a server comes to be, `service` for what it serves.
+//! The command line and standard streams follow containerd's runtime v2 protocol; see `start` and `warm` for
+//! the ways a server comes to be, `service` for what it serves.
 
 mod args;
 mod bootstrap;
@@ -23,6 +23,7 @@ mod socket;
 mod start;
 mod sys;
 mod task;
+mod warm;
 mod worker;
 
 use std::ffi::OsStr;
@@ -67,7 +68,7 @@ fn run(flags: &Flags) -> error::Result<Vec<u8>> {
     match flags.action.as_str() {
         "start" => Ok(start::start(flags)?.unwrap_or_default()),
         "delete" => cleanup::delete(flags),
-        "warm" => start::warm().map(|()| Vec::new()),
+        "warm" => warm::run(flags).map(|()| Vec::new()),
         "" => start::serve_here(flags).map(|()| Vec::new()),
         other => Err(error::Error::InvalidArgument(format!(
             "unknown action {other:?}: want start, delete or none"

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
@@ -43,6 +44,10 @@ pub(crate) struct Serving {
     pub(crate) bundle: PathBuf,
     /// The bound socket.
     pub(crate) listener: UnixListener,
+    /// A connection that exists already.
+    pub(crate) first: Option<std::os::unix::net::UnixStream>,
+    /// The machine's control groups as this process sees them, where that is known.
+    pub(crate) host: Option<lighter_oci::cgroup::Host>,
     /// Where it is bound.
     pub(crate) socket: PathBuf,
     /// Directory of sockets.
@@ -82,6 +87,8 @@ async fn serve(serving: Serving) -> Result<()> {
     let Serving {
         request,
         listener,
+        first,
+        host,
         socket,
         socket_dir,
         ..
@@ -98,7 +105,7 @@ async fn serve(serving: Serving) -> Result<()> {
         publisher: publisher.clone(),
         tracker,
         socket_dir,
-        library: Library::default(),
+        library: Library::knowing(host),
     });
     let end = CancellationToken::new();
     let shim = Shim::new(core, end.clone());
@@ -108,8 +115,15 @@ async fn serve(serving: Serving) -> Result<()> {
         .map_err(Error::system("watch the socket"))?;
     let listener =
         tokio::net::UnixListener::from_std(listener).map_err(Error::system("watch the socket"))?;
+    let first = first
+        .map(|stream| {
+            stream.set_nonblocking(true)?;
+            UnixStream::from_std(stream)
+        })
+        .transpose()
+        .map_err(Error::system("watch the first connection"))?;
     let mut server = Server::new()
-        .add_listener(accept(listener, connections.clone()))
+        .add_listener(accept(listener, first, connections.clone()))
         .register_service(shim.services());
     server
         .start()
@@ -153,9 +167,14 @@ async fn idle(shim: &Shim, connections: &AtomicUsize) {
 }
 
 /// Connections of the same user or root; anybody else is turned away.
-fn accept(listener: tokio::net::UnixListener, connections: Arc<AtomicUsize>) -> Listener {
+fn accept(
+    listener: tokio::net::UnixListener,
+    first: Option<UnixStream>,
+    connections: Arc<AtomicUsize>,
+) -> Listener {
     let us = rustix::process::geteuid().as_raw();
-    Listener::new(futures::stream::unfold(
+    let first = first.map(|stream| Ok(Counted::new(stream, connections.clone())));
+    let later = futures::stream::unfold(
         (listener, connections),
         move |(listener, connections)| async move {
             let accepted = loop {
@@ -176,7 +195,8 @@ fn accept(listener: tokio::net::UnixListener, connections: Arc<AtomicUsize>) -> 
             };
             Some((accepted, (listener, connections)))
         },
-    ))
+    );
+    Listener::new(futures::stream::iter(first).chain(later))
 }
 
 /// A connection that is counted while it lives.

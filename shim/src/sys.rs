@@ -45,6 +45,67 @@ pub(crate) fn fork() -> io::Result<Fork> {
     }
 }
 
+/// Lets the kernel reap children as they end.
+pub(crate) fn reap_children_unseen() {
+    // SAFETY: no handler is installed; the disposition is a constant.
+    unsafe {
+        libc::signal(libc::SIGCHLD, libc::SIG_IGN);
+    }
+}
+
+/// Undoes [`reap_children_unseen`]: children wait to be waited for.
+pub(crate) fn reap_children_ourselves() {
+    // SAFETY: as above.
+    unsafe {
+        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+    }
+}
+
+/// The memory of this process's command line, as /proc/PID/cmdline shows it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Title {
+    start: usize,
+    length: usize,
+}
+
+impl Title {
+    /// Looks it up; `None` when the kernel does not say.
+    pub(crate) fn find() -> Option<Self> {
+        let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+        // Fields are counted from the name's closing parenthesis; arg_start is the 48th of all.
+        let mut fields = stat
+            .get(stat.rfind(')')? + 1..)?
+            .split_whitespace()
+            .skip(45);
+        let start = fields.next()?.parse::<usize>().ok()?;
+        let end = fields.next()?.parse::<usize>().ok()?;
+        let length = end.checked_sub(start).filter(|length| *length > 1)?;
+        (start != 0).then_some(Self { start, length })
+    }
+
+    /// Replaces the arguments after the program's name, as far as there is room.
+    pub(crate) fn set(&self, arguments: &[&str]) {
+        // SAFETY: the kernel said that these bytes of this process's stack are its arguments. They
+        // stay mapped and writable for the process's life; there is one thread, and nobody holds a
+        // reference into them (std copies arguments out). The last byte stays zero, so that each
+        // argument still ends.
+        let memory =
+            unsafe { std::slice::from_raw_parts_mut(self.start as *mut u8, self.length - 1) };
+        let name = memory.iter().position(|b| *b == 0).map_or(0, |end| end + 1);
+        let mut room = &mut memory[name..];
+        for argument in arguments {
+            if argument.len() + 1 > room.len() {
+                break;
+            }
+            let (place, rest) = room.split_at_mut(argument.len() + 1);
+            place[..argument.len()].copy_from_slice(argument.as_bytes());
+            place[argument.len()] = 0;
+            room = rest;
+        }
+        room.fill(0);
+    }
+}
+
 /// Ends a forked child at once: no destructors, which would act on what the parent still owns.
 pub(crate) fn exit_now(code: i32) -> ! {
     // SAFETY: _exit has no preconditions.
@@ -133,15 +194,6 @@ pub(crate) fn close_inherited(first: u32) {
     unsafe {
         libc::syscall(libc::SYS_close_range, first, u32::MAX, 0);
     }
-}
-
-/// Takes over a descriptor that the parent passed under a fixed number, if it is open.
-pub(crate) fn inherited(number: RawFd) -> Option<OwnedFd> {
-    // SAFETY: as in `inherited_listener`.
-    let fd = unsafe { BorrowedFd::borrow_raw(number) };
-    rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC).ok()?;
-    // SAFETY: it is open (the call above succeeded) and was passed to this process to own.
-    Some(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Registers a descriptor with the reactor.

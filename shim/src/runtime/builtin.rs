@@ -1,18 +1,21 @@
 //! Our own OCI runtime, called as a library: no program is executed and nothing is parsed twice.
 //!
-//! What may take its time runs in a [worker]; signals and lists are system calls and happen at once.
+//! What may take its time runs in a [worker]; what is a few system calls (signals, lists, a start or a
+//! delete without hooks) happens at once.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use lighter_oci::cgroup::Host;
 use lighter_oci::spec::{Process, Resources, Spec};
 use lighter_oci::{
     CgroupDriver, CreateRequest, Deletion, ExecRequest, KeyringMode, KillScope, Options, Parentage,
     RootMode, Runtime, Stdio, TerminalSize,
 };
 use lighter_proto::containerd::runc::v1::CheckpointOptions;
+use tokio::io::Interest;
 
 use super::exec::ExecRuntime;
 use super::{Create, Exec, OciRuntime, Restore, Running, Target};
@@ -64,7 +67,11 @@ fn malformed(what: &str) -> impl FnOnce(serde_json::Error) -> Failure {
 /// The library, opened once per root and cgroup driver: what it finds out about the machine is known
 /// to every worker from its birth.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Library(Arc<Mutex<Vec<(Key, Shared)>>>);
+pub(crate) struct Library {
+    opened: Arc<Mutex<Vec<(Key, Shared)>>>,
+    /// The machine's control groups, if somebody has looked already.
+    host: Option<Host>,
+}
 
 /// Root, and whether systemd makes the cgroups.
 type Key = (PathBuf, bool);
@@ -73,13 +80,25 @@ type Key = (PathBuf, bool);
 type Shared = Arc<Mutex<Runtime>>;
 
 impl Library {
+    /// A library that need not look at the machine again.
+    pub(crate) fn knowing(host: Option<Host>) -> Self {
+        Self {
+            host,
+            ..Self::default()
+        }
+    }
+
     fn open(&self, target: &Target) -> lighter_oci::Result<Shared> {
-        let mut opened = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (target.root.clone(), target.options.systemd_cgroup);
         if let Some((_, runtime)) = opened.iter().find(|(known, _)| *known == key) {
             return Ok(runtime.clone());
         }
-        let runtime = Arc::new(Mutex::new(Runtime::open(options(target))?));
+        let runtime = match &self.host {
+            Some(host) => Runtime::on(options(target), Some(host.clone())),
+            None => Runtime::open(options(target))?,
+        };
+        let runtime = Arc::new(Mutex::new(runtime));
         opened.push((key, runtime.clone()));
         Ok(runtime)
     }
@@ -243,6 +262,24 @@ impl OciRuntime for BuiltinRuntime {
     }
 
     async fn start(&self) -> Result<()> {
+        let failed = |error: lighter_oci::Error| {
+            Error::Runtime(format!("OCI runtime start failed: {error}"))
+        };
+        // Without hooks there is nothing to wait for but the program itself.
+        let begun = locked(&self.runtime)
+            .container(&self.target.id)
+            .and_then(|container| container.begin_start())
+            .map_err(failed)?;
+        if let Some(running) = begun {
+            let running = sys::register(running, Interest::ERROR)
+                .map_err(Error::system("watch the start"))?;
+            let seen = running.ready(Interest::ERROR).await;
+            drop(seen.map_err(Error::system("watch the start"))?);
+            return locked(&self.runtime)
+                .container(&self.target.id)
+                .and_then(|container| container.finish_start())
+                .map_err(failed);
+        }
         self.on_container("OCI runtime start failed", |container| {
             Ok(container.start()?)
         })
@@ -296,6 +333,16 @@ impl OciRuntime for BuiltinRuntime {
     }
 
     async fn delete(&self, force: bool) -> Result<()> {
+        if !force {
+            let done = locked(&self.runtime)
+                .container(&self.target.id)
+                .and_then(|container| container.delete_at_once());
+            match done {
+                Ok(true) | Err(lighter_oci::Error::NotFound { .. }) => return Ok(()),
+                // A worker may wait, and says what is wrong.
+                Ok(false) | Err(_) => {}
+            }
+        }
         let deletion = if force {
             Deletion::Forced
         } else {

@@ -3,7 +3,6 @@
 use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 
 use lighter_proto::containerd::runtime::bootstrap::v1::{BootstrapParams, BootstrapResult};
@@ -87,47 +86,96 @@ async fn a_group_shares_one_shim() {
     member.finish().await;
 }
 
+/// A nursery, and the socket that orders servers from it.
+fn nursery() -> (OwnedFd, std::process::Child) {
+    let (ours, theirs) = rustix::net::socketpair(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::SEQPACKET,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )
+    .unwrap();
+    let mut command = Command::new(binary());
+    command
+        .args(["-ready", "2", "warm", &" ".repeat(300)])
+        .stdin(theirs);
+    (ours, command.spawn().unwrap())
+}
+
+/// Orders a server; the status and the bytes of the answer, and the line.
+fn order(daemon: &Daemon, nursery: &OwnedFd, id: &str) -> (u8, Vec<u8>, UnixStream) {
+    let message = params(daemon, id).encode_to_vec();
+    let mut frame = u32::try_from(message.len()).unwrap().to_be_bytes().to_vec();
+    frame.extend(message);
+    frame.extend(daemon.bundle(id).display().to_string().as_bytes());
+    let (mut line, theirs) = UnixStream::pair().unwrap();
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+    let descriptors = [std::os::fd::AsFd::as_fd(&theirs)];
+    control.push(rustix::net::SendAncillaryMessage::ScmRights(&descriptors));
+    let parts = [std::io::IoSlice::new(&frame)];
+    let flags = rustix::net::SendFlags::NOSIGNAL;
+    rustix::net::sendmsg(nursery, &parts, &mut control, flags).unwrap();
+    drop(theirs);
+    let mut length = [0; 4];
+    line.read_exact(&mut length).unwrap();
+    let mut answer = vec![0; u32::from_be_bytes(length) as usize];
+    line.read_exact(&mut answer).unwrap();
+    (answer[0], answer.split_off(1), line)
+}
+
+fn command_line(pid: u32) -> String {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+    String::from_utf8_lossy(&line).replace('\0', " ")
+}
+
 #[tokio::test]
-async fn a_warm_shim_takes_on_a_container() {
+async fn warm_shims_take_on_containers_and_outlive_the_nursery() {
     if !can_run() {
         return;
     }
     let daemon = Daemon::new("").await;
-    daemon.make_bundle("warm", &["/bin/busybox", "true"], |_| {});
-    let spawn = || {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut command = Command::new("/bin/sh");
-        let theirs = OwnedFd::from(theirs);
-        command
-            .args(["-c", "exec \"$0\" warm 3<&0 0</dev/null"])
-            .arg(binary())
-            .stdin(theirs);
-        (ours, command.process_group(0).spawn().unwrap())
-    };
-    let (mut pool, mut child) = spawn();
-    let message = params(&daemon, "warm").encode_to_vec();
-    let bundle = daemon.bundle("warm").display().to_string();
-    let total = u32::try_from(4 + message.len() + bundle.len()).unwrap();
-    let mut frame = total.to_be_bytes().to_vec();
-    frame.extend(u32::try_from(message.len()).unwrap().to_be_bytes());
-    frame.extend(message);
-    frame.extend(bundle.as_bytes());
-    pool.write_all(&frame).unwrap();
-    let mut length = [0; 4];
-    pool.read_exact(&mut length).unwrap();
-    let mut answer = vec![0; u32::from_be_bytes(length) as usize];
-    pool.read_exact(&mut answer).unwrap();
-    assert_eq!(answer[0], 0, "{}", String::from_utf8_lossy(&answer[1..]));
-    let result = BootstrapResult::decode(&answer[1..]).unwrap();
+    let (pool, mut child) = nursery();
+    let mut shims = Vec::new();
+    // More than are kept ready.
+    for n in 0..5 {
+        let id = format!("warm{n}");
+        daemon.make_bundle(&id, &["/bin/busybox", "sleep", "1000"], |_| {});
+        let (status, answer, line) = order(&daemon, &pool, &id);
+        assert_eq!(status, 0, "{}", String::from_utf8_lossy(&answer));
+        let result = BootstrapResult::decode(answer.as_slice()).unwrap();
+        let shim = daemon.connect(&id, &result.address).await;
+        drop(line);
+        let title = command_line(shim.pid);
+        assert!(title.contains(&format!("-id {id} start")), "{title}");
+        shim.run().await;
+        shims.push(shim);
+    }
+    // A second order for a group that is served leads to its server.
+    let (status, answer, _line) = order(&daemon, &pool, "warm0");
+    assert_eq!(status, 2, "{}", String::from_utf8_lossy(&answer));
+    // The pool dies with its daemon, servers do not.
     drop(pool);
-    let shim = daemon.connect("warm", &result.address).await;
-    assert_eq!(shim.pid, child.id());
-    shim.run().await;
-    assert_eq!(shim.wait("").await, 0);
-    shim.finish().await;
     assert!(child.wait().unwrap().success());
-    // One that is not needed ends with its pool.
-    let (pool, mut child) = spawn();
+    for shim in shims {
+        assert!(alive(shim.pid));
+        shim.kill("", 9).await.unwrap();
+        assert_eq!(shim.wait("").await, 137);
+        shim.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn a_warm_shim_says_why_it_cannot_serve() {
+    if !can_run() {
+        return;
+    }
+    let daemon = Daemon::new("").await;
+    let (pool, mut child) = nursery();
+    let (status, answer, _line) = order(&daemon, &pool, "nowhere");
+    assert_eq!(status, 1);
+    let text = String::from_utf8(answer).unwrap();
+    assert!(text.contains("nowhere"), "{text}");
     drop(pool);
     assert!(child.wait().unwrap().success());
 }
