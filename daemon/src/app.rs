@@ -27,7 +27,7 @@ use crate::server::{
 };
 use crate::services::introspection;
 use crate::stores::{self, Stores};
-use crate::{differs, shutdown, sys, telemetry, transfers};
+use crate::{differs, memory, shutdown, sys, telemetry, transfers};
 
 /// Threads that poll: RPCs are short and the work is done elsewhere.
 const WORKERS: usize = 2;
@@ -288,6 +288,7 @@ impl App {
             tracker.spawn(monitor.run(stop.clone()));
         }
         tracker.spawn(stores::keep_exported(kv, config.root.clone(), stop.clone()));
+        tracker.spawn(memory::keep_small(Arc::clone(&in_flight), stop.clone()));
         tracker.spawn(served(
             "grpc",
             grpc::serve_unix(unix, routes, in_flight, metrics, stop.clone()),
@@ -387,7 +388,8 @@ fn runtime_config(config: &Config, db: Db, mounts: Mounts) -> anyhow::Result<run
             binary,
             level,
             config.plugins.shim_manager.env.clone(),
-        ),
+        )
+        .with_warm_shims(config.plugins.shim_manager.warm_shims),
         timeouts: runtime::Timeouts {
             shim_load: timeouts.shim_load,
             shim_cleanup: timeouts.shim_cleanup,

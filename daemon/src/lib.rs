@@ -8,6 +8,7 @@ pub mod app;
 pub(crate) mod config;
 pub(crate) mod cri;
 pub(crate) mod differs;
+pub(crate) mod memory;
 pub(crate) mod plugin;
 pub(crate) mod publish;
 pub(crate) mod routes;

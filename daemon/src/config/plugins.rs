@@ -131,11 +131,22 @@ pub(crate) struct Blockfile {
 }
 
 /// `io.containerd.shim.v1.manager`
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct ShimManager {
     /// `KEY=value` pairs added to the environment of every shim.
     pub(crate) env: Vec<String>,
+    /// Shims of ours that are started ahead of need; 0 starts each when it is needed.
+    pub(crate) warm_shims: usize,
+}
+
+impl Default for ShimManager {
+    fn default() -> Self {
+        Self {
+            env: Vec::new(),
+            warm_shims: 2,
+        }
+    }
 }
 
 /// `io.containerd.service.v1.diff-service`

@@ -87,6 +87,7 @@ fn defaults() -> Result<Table, toml::ser::Error> {
 
         [plugins."io.containerd.shim.v1.manager"]
         env = []
+        warm_shims = 2
 
         [plugins."io.containerd.service.v1.diff-service"]
         default = ["walking"]

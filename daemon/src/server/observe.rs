@@ -10,6 +10,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Instant, SystemTime};
 
 use http_body::{Body as HttpBody, Frame, SizeHint};
+use tokio::sync::Notify;
 use tonic::Code;
 use tonic::body::Body;
 use tower::{Layer, Service};
@@ -22,7 +23,10 @@ use crate::services::scope::NAMESPACE_HEADER;
 #[derive(Debug, Default)]
 pub(crate) struct InFlight {
     next: AtomicU64,
+    ended: AtomicU64,
     calls: Mutex<BTreeMap<u64, Call>>,
+    /// Woken by every call that comes or ends.
+    moved: Notify,
 }
 
 /// One RPC in flight.
@@ -46,9 +50,22 @@ impl InFlight {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// How many calls have come and ended so far; whether it changed says whether all is quiet.
+    pub(crate) fn moves(&self) -> u64 {
+        self.next.load(Ordering::Relaxed) + self.ended.load(Ordering::Relaxed)
+    }
+
+    /// Waits until there was a call since `seen`.
+    pub(crate) async fn moved_since(&self, seen: u64) {
+        while self.moves() == seen {
+            self.moved.notified().await;
+        }
+    }
+
     fn enter(self: &Arc<Self>, call: Call) -> Entered {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         self.lock().insert(id, call);
+        self.moved.notify_one();
         Entered {
             list: Arc::clone(self),
             id,
@@ -66,6 +83,8 @@ struct Entered {
 impl Drop for Entered {
     fn drop(&mut self) {
         self.list.lock().remove(&self.id);
+        self.list.ended.fetch_add(1, Ordering::Relaxed);
+        self.list.moved.notify_one();
     }
 }
 

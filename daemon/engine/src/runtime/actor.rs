@@ -22,7 +22,8 @@ use super::connection::Connection;
 use super::error::Error;
 use super::forward::Meaning;
 use super::handle::{Handle, process_of};
-use super::manager::{ExecTask, Shared};
+use super::launch;
+use super::manager::{ExecTask, Shared, Slot};
 use super::reap::{self, Found};
 use super::state::{Exit, Input, Process, Status, Stdio, TaskState};
 
@@ -680,7 +681,7 @@ async fn remove(
     bundle: &Arc<Bundle>,
     connection: &Connection,
 ) -> (Result<(Exit, u32), Error>, bool) {
-    let step = shared.step(bundle, "Task.Delete");
+    let _step = shared.step(bundle, "Task.Delete");
     let request = wire::DeleteRequest {
         id: bundle.id.clone(),
         exec_id: String::new(),
@@ -697,17 +698,46 @@ async fn remove(
         );
     }
     // Off the books before the shim goes: its end must not be taken for a death.
-    shared.forget(bundle);
-    step.at("Task.Shutdown");
-    reap::dismiss(shared, bundle, connection).await;
-    step.at("delete bundle");
-    if let Err(error) = shared.delete_bundle(bundle).await {
-        warn!(container_id = %bundle.id, error = %lighter_proto::errdefs::render(&error), "cannot delete the bundle");
+    let clearing = clear_away(shared, bundle, connection);
+    // Our shim has unmounted the root filesystem when it answers, and the id stays taken: nobody
+    // needs to wait for the rest.
+    let ours = bundle.shim_path().as_deref().is_some_and(launch::is_ours);
+    if answer.is_ok() && ours && !shared.has_mounts(bundle) {
+        shared.tracker.spawn(clearing);
+    } else {
+        clearing.await;
     }
     let answer = answer
         .map(|a| (exit_of(a.exit_status, a.exited_at), a.pid))
         .map_err(Error::from);
     (answer, true)
+}
+
+/// Takes a deleted task off the books at once; the future sends its shim away, removes the bundle
+/// and frees the id.
+fn clear_away(
+    shared: &Arc<Shared>,
+    bundle: &Arc<Bundle>,
+    connection: &Connection,
+) -> impl Future<Output = ()> + Send + 'static {
+    let (freed, waiting) = watch::channel(());
+    shared.put(bundle, Slot::Removing(waiting));
+    let step = shared.step(bundle, "Task.Shutdown");
+    let (shared, bundle) = (Arc::clone(shared), Arc::clone(bundle));
+    let connection = connection.clone();
+    async move {
+        let address = connection.bootstrap().address;
+        if !shared.shares_shim(&address) {
+            shared.groups.forget(&address);
+        }
+        reap::dismiss(&shared, &bundle, &connection).await;
+        step.at("delete bundle");
+        if let Err(error) = shared.delete_bundle(&bundle).await {
+            warn!(container_id = %bundle.id, error = %lighter_proto::errdefs::render(&error), "cannot delete the bundle");
+        }
+        shared.forget(&bundle);
+        drop(freed);
+    }
 }
 
 /// A state for a process that was just made.

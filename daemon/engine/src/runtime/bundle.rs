@@ -201,6 +201,17 @@ impl Bundle {
         small(&self.path.join(SHIM_PATH)).ok().map(PathBuf::from)
     }
 
+    /// Leaves the link to the directory of sockets that a shim leaves in a bundle it was started for.
+    pub(super) fn link_sockets(&self, address: &str) {
+        let dir = address
+            .strip_prefix("unix://")
+            .and_then(|path| Path::new(path).parent());
+        if let Some(dir) = dir {
+            // For people and other daemons to look at; nothing of ours reads it.
+            let _linked = symlink(dir, self.path.join("s"));
+        }
+    }
+
     /// Keeps which sandbox's shim was joined.
     ///
     /// # Errors

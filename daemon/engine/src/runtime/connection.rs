@@ -78,7 +78,6 @@ impl Connection {
     /// # Errors
     /// `Unavailable` when nobody listens there.
     pub async fn open(bootstrap: &Bootstrap, namespace: &str) -> Result<Self, WireError> {
-        let closed = CancellationToken::new();
         let stream = tokio::time::timeout(CONNECT_LIMIT, dial(&bootstrap.address))
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
@@ -91,6 +90,19 @@ impl Connection {
                     format!("connect to shim at {}: {error}", bootstrap.address),
                 )
             })?;
+        Self::over(stream, bootstrap, namespace).await
+    }
+
+    /// The same over a stream that is connected already.
+    ///
+    /// # Errors
+    /// `Unavailable` when the stream has ended.
+    pub(super) async fn over(
+        stream: UnixStream,
+        bootstrap: &Bootstrap,
+        namespace: &str,
+    ) -> Result<Self, WireError> {
+        let closed = CancellationToken::new();
         let stream = Watched::new(stream, closed.clone());
         let transport = match bootstrap.protocol {
             Protocol::Ttrpc => Transport::Ttrpc(Client::new(Socket::new(stream))),

@@ -26,7 +26,9 @@ use tracing::{debug, warn};
 
 use super::bootstrap::Bootstrap;
 use super::bundle::Bundle;
+use super::connection::Connection;
 use super::error::Error;
+use super::nursery::{Answer, Nurseries};
 
 /// Longest that `start` may take; virtual machines boot in it.
 const START_LIMIT: Duration = Duration::from_secs(60);
@@ -103,6 +105,8 @@ pub struct Launcher {
     pub env: Vec<String>,
     /// Which form works for a binary that was started before.
     forms: Mutex<HashMap<Identity, Form>>,
+    /// Shims of ours that wait to be used.
+    nurseries: Nurseries,
 }
 
 /// What a shim printed and how it ended.
@@ -131,7 +135,65 @@ impl Launcher {
             log_level,
             env,
             forms: Mutex::default(),
+            nurseries: Nurseries::new(0),
         }
+    }
+
+    /// Keeps `ready` shims of ours started ahead of need; 0 starts each when it is needed.
+    #[must_use]
+    pub fn with_warm_shims(mut self, ready: usize) -> Self {
+        self.nurseries = Nurseries::new(ready);
+        self
+    }
+
+    /// Has shims of the default runtime ready before the first container asks for one.
+    pub(super) async fn warm_up(&self) {
+        if let Ok(shim) = self.resolve(RUNC_RUNTIME)
+            && is_ours(&shim)
+        {
+            self.nurseries.prepare(&shim, self.any_command(&shim)).await;
+        }
+    }
+
+    /// Starts (or finds) the server for the bundle, keeps how it is reached, and connects.
+    ///
+    /// # Errors
+    /// Why there is no server, or no connection to it.
+    pub(super) async fn connect(
+        &self,
+        shim: &Path,
+        bundle: &Bundle,
+        options: Option<&Any>,
+    ) -> Result<Connection, Error> {
+        let mut first = None;
+        let warm = if is_ours(shim) {
+            let params = self.params(bundle, options).encode_to_vec();
+            let command = || self.any_command(shim);
+            self.nurseries
+                .ask(shim, &params, &bundle.path, command)
+                .await
+        } else {
+            None
+        };
+        let bootstrap = match warm {
+            Some(Answer::Served(bytes, stream)) => {
+                first = Some(stream);
+                Bootstrap::parse(&bytes)?
+            }
+            Some(Answer::Elsewhere(bytes)) => Bootstrap::parse(&bytes)?,
+            Some(Answer::Refused(reason)) => {
+                return Err(Error::Start {
+                    reason: format!("start failed: {reason}"),
+                });
+            }
+            None => self.start(shim, bundle, options).await?,
+        };
+        bundle.write_bootstrap(&bootstrap)?;
+        let namespace = bundle.namespace.as_str();
+        Ok(match first {
+            Some(stream) => Connection::over(stream, &bootstrap, namespace).await?,
+            None => Connection::open(&bootstrap, namespace).await?,
+        })
     }
 
     /// The shim's binary for a runtime name (`io.containerd.runc.v2`) or an absolute path. The
@@ -281,16 +343,28 @@ impl Launcher {
         }
     }
 
-    /// The shim's command line up to the action, in the bundle.
-    fn command(&self, shim: &Path, bundle: &Bundle) -> Command {
+    /// What every command line of a shim begins with, and its environment.
+    fn any_command(&self, shim: &Path) -> Command {
         let mut command = Command::new(shim);
         command
-            .arg("-namespace")
-            .arg(bundle.namespace.as_str())
             .arg("-address")
             .arg(&self.grpc_address)
             .arg("-publish-binary")
             .arg(&self.binary)
+            .env("GOMAXPROCS", "2")
+            .env("MAX_SHIM_VERSION", "2")
+            .env("TTRPC_ADDRESS", &self.ttrpc_address)
+            .env("GRPC_ADDRESS", &self.grpc_address)
+            .envs(self.env.iter().filter_map(|pair| pair.split_once('=')));
+        command
+    }
+
+    /// The shim's command line up to the action, in the bundle.
+    fn command(&self, shim: &Path, bundle: &Bundle) -> Command {
+        let mut command = self.any_command(shim);
+        command
+            .arg("-namespace")
+            .arg(bundle.namespace.as_str())
             .arg("-id")
             .arg(&bundle.id);
         if self.log_level.debug() {
@@ -298,12 +372,7 @@ impl Launcher {
         }
         command
             .current_dir(&bundle.path)
-            .env("GOMAXPROCS", "2")
-            .env("MAX_SHIM_VERSION", "2")
-            .env("TTRPC_ADDRESS", &self.ttrpc_address)
-            .env("GRPC_ADDRESS", &self.grpc_address)
             .env("NAMESPACE", bundle.namespace.as_str())
-            .envs(self.env.iter().filter_map(|pair| pair.split_once('=')))
             // Signals to our process group are none of the shim's business.
             .process_group(0);
         command
@@ -360,6 +429,11 @@ impl Launcher {
         }
         RuntimeInfo::decode(output.stdout.as_slice()).map_err(|e| fail(e.to_string()))
     }
+}
+
+/// Whether a shim is ours by its name, which is how it says that it can be warm.
+pub(super) fn is_ours(shim: &Path) -> bool {
+    shim.file_name() == Some(OsStr::new(OUR_SHIM))
 }
 
 /// Binaries of before `BootstrapParams` are known by name; all others may be newer.

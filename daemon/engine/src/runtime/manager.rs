@@ -24,8 +24,9 @@ use super::bundle::{Bundle, SANDBOXES, TASKS};
 use super::connection::Connection;
 use super::error::Error;
 use super::forward;
+use super::groups::{self, Groups};
 use super::handle::Handle;
-use super::launch::Launcher;
+use super::launch::{self, Launcher};
 use super::reap;
 use super::shim_log;
 use super::state::Stdio;
@@ -136,6 +137,7 @@ pub(super) struct Shared {
     pub(super) tracker: TaskTracker,
     steps: Steps,
     slots: RwLock<Slots>,
+    pub(super) groups: Groups,
 }
 
 type Slots = BTreeMap<Namespace, HashMap<String, Slot>>;
@@ -149,6 +151,9 @@ pub(super) enum Slot {
     Recovering(watch::Receiver<()>),
     /// There.
     Live(Handle),
+    /// Gone for everybody, but its shim and bundle are still being cleared away; the sender is
+    /// dropped when the id is free.
+    Removing(watch::Receiver<()>),
 }
 
 impl Shared {
@@ -187,17 +192,27 @@ impl Shared {
             .insert(bundle.id.clone(), slot);
     }
 
-    /// Takes the id, or says that it is taken.
-    fn reserve(&self, bundle: &Bundle) -> Result<(), Error> {
-        let mut slots = self.slots_mut();
-        let tasks = slots.entry(bundle.namespace.clone()).or_default();
-        if tasks.contains_key(&bundle.id) {
-            return Err(Error::Exists {
-                id: bundle.id.clone(),
-            });
+    /// Takes the id, or says that it is taken. What an earlier task of the id left is waited for.
+    async fn reserve(&self, bundle: &Bundle) -> Result<(), Error> {
+        loop {
+            let mut removed = {
+                let mut slots = self.slots_mut();
+                let tasks = slots.entry(bundle.namespace.clone()).or_default();
+                match tasks.get(&bundle.id) {
+                    None => {
+                        tasks.insert(bundle.id.clone(), Slot::Creating);
+                        return Ok(());
+                    }
+                    Some(Slot::Removing(removed)) => removed.clone(),
+                    Some(_) => {
+                        return Err(Error::Exists {
+                            id: bundle.id.clone(),
+                        });
+                    }
+                }
+            };
+            let _freed = removed.changed().await;
         }
-        tasks.insert(bundle.id.clone(), Slot::Creating);
-        Ok(())
     }
 
     /// Whether a task on the books is served by the shim at `address`.
@@ -206,8 +221,13 @@ impl Shared {
         let mut tasks = slots.values().flat_map(HashMap::values);
         tasks.any(|slot| match slot {
             Slot::Live(handle) => handle.connection().bootstrap().address == address,
-            Slot::Creating | Slot::Recovering(_) => false,
+            Slot::Creating | Slot::Recovering(_) | Slot::Removing(_) => false,
         })
+    }
+
+    /// Whether anything is mounted for the bundle besides what its shim mounts.
+    pub(super) fn has_mounts(&self, bundle: &Bundle) -> bool {
+        self.mounts.info(&bundle.namespace, &bundle.id).is_ok()
     }
 
     /// Removes a bundle, and what was mounted for it, on a blocking thread.
@@ -273,6 +293,7 @@ impl Manager {
                 tracker: TaskTracker::new(),
                 steps: Steps::default(),
                 slots: RwLock::default(),
+                groups: Groups::default(),
             }),
         }
     }
@@ -324,7 +345,7 @@ impl Manager {
     pub async fn create(&self, scope: &Scope, task: CreateTask) -> Result<Handle, Error> {
         let id = Identifier::new(&task.id).map_err(lighter_store::Error::from)?;
         let bundle = self.shared.bundle(TASKS, &scope.namespace, id.as_str());
-        self.shared.reserve(&bundle)?;
+        self.shared.reserve(&bundle).await?;
         let shared = Arc::clone(&self.shared);
         self.owned(async move {
             let made = create(&shared, &bundle, task).await;
@@ -345,7 +366,7 @@ impl Manager {
         let slot = self.slot(namespace, id).ok_or_else(missing)?;
         let mut settled = match slot {
             Slot::Live(handle) => return Ok(handle),
-            Slot::Creating => return Err(missing()),
+            Slot::Creating | Slot::Removing(_) => return Err(missing()),
             Slot::Recovering(settled) => settled,
         };
         let _settled = tokio::time::timeout(RECOVERY_PATIENCE, settled.changed()).await;
@@ -356,7 +377,7 @@ impl Manager {
                 format!("task {id} is being recovered: its shim does not answer yet"),
             )
             .into()),
-            Some(Slot::Creating) | None => Err(missing()),
+            Some(Slot::Creating | Slot::Removing(_)) | None => Err(missing()),
         }
     }
 
@@ -373,7 +394,7 @@ impl Manager {
             tasks
                 .filter_map(|slot| match slot {
                     Slot::Recovering(settled) => Some(settled.clone()),
-                    Slot::Creating | Slot::Live(_) => None,
+                    Slot::Creating | Slot::Live(_) | Slot::Removing(_) => None,
                 })
                 .collect()
         };
@@ -386,7 +407,7 @@ impl Manager {
         tasks
             .filter_map(|slot| match slot {
                 Slot::Live(handle) => Some(handle.clone()),
-                Slot::Creating | Slot::Recovering(_) => None,
+                Slot::Creating | Slot::Recovering(_) | Slot::Removing(_) => None,
             })
             .collect()
     }
@@ -397,7 +418,10 @@ impl Manager {
         let slots = self.shared.slots();
         slots
             .iter()
-            .map(|(n, tasks)| (n.clone(), tasks.len()))
+            .map(|(n, tasks)| {
+                let there = |slot: &&Slot| !matches!(slot, Slot::Removing(_));
+                (n.clone(), tasks.values().filter(there).count())
+            })
             .collect()
     }
 
@@ -416,7 +440,7 @@ impl Manager {
         let handle = match self.slot(&namespace, &id) {
             Some(Slot::Recovering(_)) => self.get(&namespace, &id).await.ok(),
             Some(Slot::Live(handle)) => Some(handle),
-            Some(Slot::Creating) | None => None,
+            Some(Slot::Creating | Slot::Removing(_)) | None => None,
         };
         let Some(handle) = handle else {
             return self.shared.publish(envelope);
@@ -569,27 +593,62 @@ async fn launch(
     let shim = shared.launcher.resolve(&task.runtime)?;
     // On the books before it runs: whatever happens next, the shim can be found again.
     bundle.write_shim_path(&shim)?;
-    let log = shim_log::follow(&shared.tracker, bundle)?;
-    let bootstrap = shared
-        .launcher
-        .start(&shim, bundle, task.options.as_ref())
-        .await?;
-    let opened = async {
-        bundle.write_bootstrap(&bootstrap)?;
-        Ok::<_, Error>(Connection::open(&bootstrap, bundle.namespace.as_str()).await?)
-    };
-    match opened.await {
-        Ok(connection) => Ok(Launched {
+    let group = task.spec.as_deref().filter(|_| launch::is_ours(&shim));
+    let group = group.and_then(groups::group_of);
+    if let Some(connection) = join_group(shared, bundle, group.as_deref(), &shim).await {
+        return Ok(Launched {
+            bootstrap: connection.bootstrap(),
             connection,
-            bootstrap,
             shim: Some(shim),
-            log: Some(log),
-        }),
+            log: None,
+        });
+    }
+    let log = shim_log::follow(&shared.tracker, bundle)?;
+    let connected = shared
+        .launcher
+        .connect(&shim, bundle, task.options.as_ref());
+    match connected.await {
+        Ok(connection) => {
+            let bootstrap = connection.bootstrap();
+            if let Some(group) = group {
+                let server = (shim.clone(), bootstrap.clone());
+                shared.groups.remember(&bundle.namespace, group, server);
+            }
+            Ok(Launched {
+                bootstrap,
+                connection,
+                shim: Some(shim),
+                log: Some(log),
+            })
+        }
+        // Without a server there is nothing to clean up after.
+        Err(error @ Error::Start { .. }) => Err(error),
         Err(error) => {
             reap::delete_action(shared, &shim, bundle).await;
             Err(error)
         }
     }
+}
+
+/// Connects to the server that the container's group has already. `None` when there is none for
+/// sure: then the shim finds out.
+async fn join_group(
+    shared: &Shared,
+    bundle: &Bundle,
+    group: Option<&str>,
+    shim: &Path,
+) -> Option<Connection> {
+    let server = shared.groups.server(&bundle.namespace, group?, shim)?;
+    // A server without a task of ours may be on its way out.
+    if !shared.shares_shim(&server.address) {
+        return None;
+    }
+    let connection = Connection::open(&server, bundle.namespace.as_str())
+        .await
+        .ok()?;
+    bundle.write_bootstrap(&server).ok()?;
+    bundle.link_sockets(&server.address);
+    Some(connection)
 }
 
 /// The shim of the container's sandbox, where that has one that speaks version 3.

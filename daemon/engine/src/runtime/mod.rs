@@ -16,6 +16,7 @@
 //! who hears of an exit and asks finds the task stopped.
 //!
 //! `bundle.rs` owns the directory a shim runs in, `launch.rs` its start and its `delete` action,
+//! `nursery.rs` the shims that are started ahead of need,
 //! `connection.rs` the calls, `recover.rs` what happens after a restart of the daemon, `reap.rs`
 //! what happens after the death of a shim. What a process may do next is decided in `state.rs`,
 //! which does no I/O.
@@ -27,9 +28,11 @@ mod checkpoint;
 mod connection;
 mod error;
 mod forward;
+mod groups;
 mod handle;
 mod launch;
 mod manager;
+mod nursery;
 mod reap;
 mod recover;
 mod sandbox_shim;

@@ -59,6 +59,10 @@ impl Manager {
                 found.push(bundle);
             }
         }
+        let warming = Arc::clone(shared);
+        shared
+            .tracker
+            .spawn(async move { warming.launcher.warm_up().await });
         let limit = Arc::new(Semaphore::new(PARALLEL));
         let count = found.len();
         for bundle in &found {

@@ -38,9 +38,7 @@ impl Manager {
             bundle.write_shim_path(&shim)?;
             // Read for as long as the start takes: a shim must not wait for a reader then.
             let _log = super::shim_log::follow(&self.shared.tracker, bundle)?;
-            let bootstrap = self.shared.launcher.start(&shim, bundle, options).await?;
-            bundle.write_bootstrap(&bootstrap)?;
-            Ok::<_, Error>(Connection::open(&bootstrap, bundle.namespace.as_str()).await?)
+            self.shared.launcher.connect(&shim, bundle, options).await
         };
         match started.await {
             Ok(connection) => Ok(connection),
