@@ -13,7 +13,7 @@ SHIM_BUILD = LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/$(shell $(
 	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --profile shim --target $(STATIC_TARGET) \
 	-p lighter-shim -p lighter-oci
 
-.PHONY: help deps build release run test integration compatibility test-vm bench fuzz lint fmt doc install clean
+.PHONY: help deps build release run test integration compatibility test-vm bench flame fuzz lint fmt doc install clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,15 @@ test-vm: ## Runtime, daemon and shim on cgroup v2, then power cuts, in a virtual
 bench: ## Speed and memory beside containerd, as ratios
 	$(MAKE) --no-print-directory release
 	LIGHTER_BIN_DIR=$(abspath $(TARGET_DIR))/release $(CARGO) bench -p lighter-integration
+
+flame: ## Where the time of a container's start goes: folded stacks, and the functions at the top (needs perf)
+	$(CARGO) build --profile fast --bins -p lighter-daemon -p lighter-integration
+	$(SHIM_BUILD)
+	install -m 755 $(TARGET_DIR)/$(STATIC_TARGET)/shim/containerd-shim-lighter-v2 \
+		$(TARGET_DIR)/$(STATIC_TARGET)/shim/lighter-oci $(TARGET_DIR)/fast/
+	$(CARGO) bench --profile fast -p lighter-integration --bench start --no-run
+	LIGHTER_BIN_DIR=$(abspath $(TARGET_DIR))/fast integration/scripts/flame.sh \
+		"$$(ls -t $(abspath $(TARGET_DIR))/fast/deps/start-* | grep -v '\.d$$' | head -1)" $(abspath $(TARGET_DIR))/flame
 
 lint: ## Format check, clippy, docs, and cargo-deny where it is installed
 	$(CARGO) fmt --all --check

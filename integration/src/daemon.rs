@@ -37,6 +37,8 @@ pub struct Options {
     pub disabled: Vec<&'static str>,
     /// Variables of the daemon's environment.
     pub env: Vec<(&'static str, PathBuf)>,
+    /// Folder of the daemon's program and its shim, in place of this build's.
+    pub bin_dir: Option<PathBuf>,
 }
 
 /// A running daemon and everything that belongs to it.
@@ -48,6 +50,7 @@ pub struct Daemon {
     child: Option<Child>,
     path: Option<PathBuf>,
     env: Vec<(&'static str, PathBuf)>,
+    bin_dir: Option<PathBuf>,
     starts: u32,
 }
 
@@ -112,6 +115,7 @@ impl Daemon {
             child: None,
             path: options.path.clone(),
             env: options.env.clone(),
+            bin_dir: options.bin_dir.clone(),
             starts: 0,
         };
         daemon.boot().await?;
@@ -126,7 +130,12 @@ impl Daemon {
         anyhow::ensure!(self.child.is_none(), "the daemon is running");
         self.starts += 1;
         let log = File::create(self.dir.join(format!("log.{}", self.starts)))?;
-        let mut command = Command::new(self.subject.daemon());
+        let program = self.subject.daemon();
+        let program = match (&self.bin_dir, program.file_name()) {
+            (Some(dir), Some(name)) => dir.join(name),
+            _ => program,
+        };
+        let mut command = Command::new(program);
         if let Some(first) = &self.path {
             let rest = std::env::var_os("PATH").unwrap_or_default();
             let all = std::iter::once(first.clone()).chain(std::env::split_paths(&rest));
@@ -206,6 +215,39 @@ impl Daemon {
         Ok(i32::try_from(child.id())?)
     }
 
+    /// Shims that wait to be used, and the process that keeps them.
+    #[must_use]
+    pub fn warm_shims(&self) -> Vec<i32> {
+        leftovers::processes(&self.dir, &self.namespace)
+            .into_iter()
+            .filter(|(_, line)| leftovers::is_warm(line))
+            .map(|(pid, _)| pid)
+            .collect()
+    }
+
+    /// Everything that runs for this daemon, without itself and without shims that wait.
+    #[must_use]
+    pub fn process_ids(&self) -> Vec<i32> {
+        let own = self.pid().unwrap_or_default();
+        leftovers::processes(&self.dir, &self.namespace)
+            .into_iter()
+            .filter(|(pid, line)| *pid != own && !leftovers::is_warm(line))
+            .map(|(pid, _)| pid)
+            .collect()
+    }
+
+    /// How many those are.
+    #[must_use]
+    pub fn processes(&self) -> usize {
+        self.process_ids().len()
+    }
+
+    /// Mounts below the daemon's directory.
+    #[must_use]
+    pub fn mounts(&self) -> usize {
+        leftovers::mounts(&self.dir).len()
+    }
+
     /// A client in this test's namespace.
     ///
     /// # Errors
@@ -263,6 +305,7 @@ impl Daemon {
             let own = self.child.as_ref().map(Child::id);
             let root = format!("mount {}", self.dir.join("root").display());
             left.retain(|line| *line != root);
+            left.retain(|line| !(line.starts_with("process ") && leftovers::is_warm(line)));
             left.retain(|line| own.is_none_or(|pid| !line.starts_with(&format!("process {pid}:"))));
             Ok(left.is_empty().then_some(()))
         })
@@ -282,12 +325,15 @@ impl Daemon {
         if leftovers::mounts(&root).contains(&root) {
             nix::mount::umount(&root)?;
         }
-        let after = leftovers::find(&self.dir, &self.namespace);
-        anyhow::ensure!(
-            after.is_empty(),
-            "left over after the daemon's end: {after:#?}"
-        );
-        Ok(())
+        // Shims that waited to be used end by themselves.
+        let gone = eventually("nothing is left", async || {
+            let left = leftovers::find(&self.dir, &self.namespace);
+            Ok(left.is_empty().then_some(()))
+        });
+        gone.await.map_err(|_| {
+            let left = leftovers::find(&self.dir, &self.namespace);
+            anyhow::anyhow!("left over after the daemon's end: {left:#?}")
+        })
     }
 }
 

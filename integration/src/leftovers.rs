@@ -23,6 +23,12 @@ pub(crate) fn find(dir: &Path, namespace: &str) -> Vec<String> {
     found
 }
 
+/// Whether a command line is that of a shim that waits to be used: it belongs to the daemon.
+#[must_use]
+pub(crate) fn is_warm(line: &str) -> bool {
+    line.contains("containerd-shim-lighter-v2") && line.trim_end().ends_with(" warm")
+}
+
 /// Mountpoints below `dir`, deepest first.
 #[must_use]
 pub(crate) fn mounts(dir: &Path) -> Vec<PathBuf> {
@@ -91,7 +97,7 @@ pub(crate) fn cgroups(namespace: &str) -> Vec<PathBuf> {
 }
 
 /// Removes the (by then empty) cgroup directories of the namespace itself.
-pub(crate) fn remove_cgroup_parents(namespace: &str) {
+pub fn remove_cgroup_parents(namespace: &str) {
     let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(namespace));
     for entry in fs::read_dir("/sys/fs/cgroup")
         .into_iter()

@@ -1,4 +1,5 @@
-//! What both benchmarks print: medians with spread, and ratios to the first contender.
+//! What the benchmarks print: medians with spread, and ratios to the first contender.
+#![allow(dead_code, reason = "each benchmark uses what it needs")]
 
 use std::fs;
 use std::time::Instant;
@@ -26,7 +27,7 @@ impl Samples {
 }
 
 /// One line of the report: unit, whether more is better, samples by contender.
-struct Row {
+pub(crate) struct Row {
     name: String,
     unit: &'static str,
     more_is_better: bool,
@@ -34,7 +35,29 @@ struct Row {
 }
 
 impl Row {
-    fn print(&mut self) {
+    /// An empty row; the first contender is what the others are compared with.
+    pub(crate) fn new(
+        name: &str,
+        unit: &'static str,
+        contenders: impl Iterator<Item = &'static str>,
+    ) -> Self {
+        Self {
+            name: name.to_owned(),
+            unit,
+            more_is_better: unit.ends_with("/s"),
+            samples: contenders.map(|c| (c, Samples::default())).collect(),
+        }
+    }
+
+    /// Adds a sample.
+    pub(crate) fn add(&mut self, contender: &str, sample: f64) {
+        if let Some((_, samples)) = self.samples.iter_mut().find(|(c, _)| *c == contender) {
+            samples.0.push(sample);
+        }
+    }
+
+    /// Prints median, 10th and 90th percentile, and the ratio to the first contender.
+    pub(crate) fn print(&mut self) {
         let mut line = format!("{:<34}", format!("{} ({})", self.name, self.unit));
         let mut reference = None;
         for (name, samples) in &mut self.samples {

@@ -1,0 +1,340 @@
+//! The start path alone: against the kernel's floor, step by step, and OCI runtimes side by side.
+//!
+//! `BENCH=name` runs the rows whose name contains it; `ROUNDS=n` scales the work. Where programs are
+//! missing (crun), their column is.
+
+mod report;
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context as _, bail, ensure};
+use lighter_integration::{Client, Daemon, Image, Options, Result, Spec, Subject, built};
+
+use report::{Row, millis, rounds, say, wanted};
+
+/// Set in the copy of this program that compares OCI runtimes.
+const OCI_ONLY: &str = "LIGHTER_BENCH_OCI";
+
+/// The program of the kernel's floor; it lives one life per line.
+struct Floor {
+    child: Child,
+    lines: BufReader<std::process::ChildStdout>,
+}
+
+impl Floor {
+    fn start() -> Result<Self> {
+        let mut child = Command::new(built("floor"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("start the floor program (cargo build -p lighter-integration --bins)")?;
+        let lines = BufReader::new(child.stdout.take().context("stdout is piped")?);
+        Ok(Self { child, lines })
+    }
+
+    /// Milliseconds of one life.
+    fn live(&mut self) -> Result<f64> {
+        let stdin = self.child.stdin.as_mut().context("stdin is piped")?;
+        stdin.write_all(b"\n")?;
+        let mut line = String::new();
+        self.lines.read_line(&mut line)?;
+        Ok(line.trim().parse::<f64>().context("the floor failed")? / 1e3)
+    }
+
+    fn end(mut self) -> Result {
+        drop(self.child.stdin.take());
+        ensure!(self.child.wait()?.success(), "the floor failed");
+        Ok(())
+    }
+}
+
+struct Contender {
+    name: &'static str,
+    daemon: Daemon,
+    client: Client,
+    top: String,
+}
+
+const STEPS: [&str; 9] = [
+    "prepare",
+    "create container",
+    "mounts",
+    "create task",
+    "start",
+    "wait",
+    "delete task",
+    "delete container",
+    "remove snapshot",
+];
+
+impl Contender {
+    async fn new(name: &'static str, subject: Subject) -> Result<Self> {
+        let quiet = Options {
+            log_level: Some("warn"),
+            ..Options::default()
+        };
+        let daemon = Daemon::start_with(subject, &quiet).await?;
+        let client = daemon.client().await?;
+        let image = Image::busybox("docker.io/test/busybox:latest")?;
+        client.store(&image).await?;
+        let top = client.unpack(&image, "overlayfs").await?;
+        Ok(Self {
+            name,
+            daemon,
+            client,
+            top,
+        })
+    }
+
+    /// One life, with the milliseconds of every step.
+    async fn steps(&self, id: &str) -> Result<Vec<f64>> {
+        use lighter_proto::containerd::services as svc;
+        let spec = Spec::new(self.daemon.namespace(), id, &["true"]);
+        let mut times = Vec::with_capacity(STEPS.len());
+        let mut last = Instant::now();
+        let mut lap = || {
+            let now = Instant::now();
+            times.push((now - last).as_secs_f64() * 1e3);
+            last = now;
+        };
+        let mut snapshots = self.client.snapshots();
+        snapshots
+            .prepare(svc::snapshots::v1::PrepareSnapshotRequest {
+                snapshotter: "overlayfs".into(),
+                key: id.into(),
+                parent: self.top.clone(),
+                ..Default::default()
+            })
+            .await?;
+        lap();
+        let container = svc::containers::v1::Container {
+            id: id.into(),
+            runtime: Some(svc::containers::v1::container::Runtime {
+                name: "io.containerd.runc.v2".into(),
+                options: None,
+            }),
+            spec: Some(lighter_proto::any::pack_json(
+                lighter_proto::any::SPEC,
+                &spec.0,
+            )?),
+            snapshotter: "overlayfs".into(),
+            snapshot_key: id.into(),
+            ..Default::default()
+        };
+        self.client
+            .containers()
+            .create(svc::containers::v1::CreateContainerRequest {
+                container: Some(container),
+            })
+            .await?;
+        lap();
+        let mounts = snapshots
+            .mounts(svc::snapshots::v1::MountsRequest {
+                snapshotter: "overlayfs".into(),
+                key: id.into(),
+            })
+            .await?
+            .into_inner()
+            .mounts;
+        lap();
+        self.client
+            .tasks()
+            .create(svc::tasks::v1::CreateTaskRequest {
+                container_id: id.into(),
+                rootfs: mounts,
+                ..Default::default()
+            })
+            .await?;
+        lap();
+        self.client.start(id, "").await?;
+        lap();
+        self.client.wait(id, "").await?;
+        lap();
+        self.client.delete_task(id).await?;
+        lap();
+        self.client
+            .containers()
+            .delete(svc::containers::v1::DeleteContainerRequest { id: id.into() })
+            .await?;
+        lap();
+        snapshots
+            .remove(svc::snapshots::v1::RemoveSnapshotRequest {
+                snapshotter: "overlayfs".into(),
+                key: id.into(),
+            })
+            .await?;
+        lap();
+        Ok(times)
+    }
+}
+
+async fn daemons() -> Result {
+    let mut all = Vec::new();
+    if std::env::var_os("ONLY_OURS").is_none() {
+        all.push(Contender::new("containerd", Subject::Containerd).await?);
+    }
+    all.push(Contender::new("lighter", Subject::Lighter).await?);
+    let names: Vec<_> = all.iter().map(|c| c.name).collect();
+    let mut floor = Floor::start()?;
+    let mut whole = Row::new("lifecycle of true", "ms", names.iter().copied());
+    let mut above = Row::new(
+        "lifecycle, multiple of the floor",
+        "x",
+        names.iter().copied(),
+    );
+    let mut ground = Row::new("the kernel's floor", "ms", ["floor"].into_iter());
+    let mut rows: Vec<_> = STEPS
+        .iter()
+        .map(|step| Row::new(step, "ms", names.iter().copied()))
+        .collect();
+    for round in 0..rounds(40) {
+        let low = floor.live()?;
+        for c in &all {
+            let steps = c.steps(&format!("s{round}")).await?;
+            let sum: f64 = steps.iter().sum();
+            for (row, time) in rows.iter_mut().zip(steps) {
+                row.add(c.name, time);
+            }
+            if round > 0 {
+                whole.add(c.name, sum);
+                above.add(c.name, sum / low);
+            }
+        }
+        ground.add("floor", low);
+    }
+    floor.end()?;
+    ground.print();
+    whole.print();
+    above.print();
+    for row in &mut rows {
+        row.print();
+    }
+    for c in all {
+        c.daemon.finish().await?;
+    }
+    Ok(())
+}
+
+/// A bundle that every runtime runs, and the runtimes.
+struct Runtimes {
+    dir: tempfile::TempDir,
+    list: Vec<(&'static str, PathBuf)>,
+}
+
+impl Runtimes {
+    fn find() -> Result<Self> {
+        let list = [
+            ("crun", PathBuf::from("/usr/bin/crun")),
+            ("runc", PathBuf::from("/usr/sbin/runc")),
+            ("lighter-oci", built("lighter-oci")),
+        ];
+        let dir = tempfile::Builder::new().prefix("bench-oci-").tempdir()?;
+        let root = dir.path().join("bundle/rootfs");
+        for below in ["bin", "proc", "dev", "sys", "run", "etc"] {
+            fs::create_dir_all(root.join(below))?;
+        }
+        fs::copy("/bin/busybox", root.join("bin/busybox"))?;
+        std::os::unix::fs::symlink("busybox", root.join("bin/true"))?;
+        let list = list.into_iter().filter(|(_, path)| path.exists()).collect();
+        Ok(Self { dir, list })
+    }
+
+    fn run(&self, program: &Path, arguments: &[&str]) -> Result {
+        let output = Command::new(program)
+            .arg("--root")
+            .arg(self.dir.path().join("state"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(self.dir.path().join("err"))?)
+            .status()?;
+        if !output.success() {
+            let text = fs::read_to_string(self.dir.path().join("err"))?;
+            bail!("{} {arguments:?}: {text}", program.display());
+        }
+        Ok(())
+    }
+
+    /// Milliseconds of create, start and delete; the wait between the last two is not counted.
+    fn live(&self, program: &Path, id: &str) -> Result<f64> {
+        let bundle = self.dir.path().join("bundle");
+        let spec = Spec::new("bench-oci", id, &["true"]);
+        fs::write(bundle.join("config.json"), serde_json::to_vec(&spec.0)?)?;
+        let pid_file = self.dir.path().join("pid");
+        let (bundle, pid_path) = (bundle.display().to_string(), pid_file.display().to_string());
+        let begun = Instant::now();
+        self.run(
+            program,
+            &["create", "--bundle", &bundle, "--pid-file", &pid_path, id],
+        )?;
+        let mut time = millis(begun);
+        let pid = fs::read_to_string(&pid_file)?.trim().parse()?;
+        let pid = rustix::process::Pid::from_raw(pid).context("a pid")?;
+        let process = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+        let begun = Instant::now();
+        self.run(program, &["start", id])?;
+        time += millis(begun);
+        let mut ended = [nix::poll::PollFd::new(
+            process.as_fd(),
+            nix::poll::PollFlags::POLLIN,
+        )];
+        ensure!(
+            nix::poll::poll(&mut ended, 10_000_u16)? == 1,
+            "the container does not end"
+        );
+        let begun = Instant::now();
+        self.run(program, &["delete", id])?;
+        Ok(time + millis(begun))
+    }
+}
+
+fn oci() -> Result {
+    // crun takes no hybrid of both cgroup versions: nobody gets to see the second.
+    let unified = Path::new("/sys/fs/cgroup/unified");
+    if unified.join("cgroup.procs").exists() {
+        nix::mount::umount2(unified, nix::mount::MntFlags::MNT_DETACH)?;
+    }
+    let runtimes = Runtimes::find()?;
+    let mut row = Row::new(
+        "OCI create+start+delete",
+        "ms",
+        runtimes.list.iter().map(|(name, _)| *name),
+    );
+    for round in 0..rounds(20) {
+        for (name, program) in &runtimes.list {
+            let id = format!("bench-{}-{name}-{round}", std::process::id());
+            row.add(name, runtimes.live(program, &id)?);
+        }
+    }
+    row.print();
+    lighter_integration::remove_cgroup_parents("bench-oci");
+    Ok(())
+}
+
+fn main() -> Result {
+    if std::env::var_os(OCI_ONLY).is_some() {
+        return oci();
+    }
+    if wanted("lifecycle") || wanted("steps") {
+        tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build()?
+            .block_on(daemons())?;
+    }
+    if wanted("OCI") {
+        let status = Command::new("unshare")
+            .arg("--mount")
+            .arg(std::env::current_exe()?)
+            .env(OCI_ONLY, "1")
+            .status()?;
+        if !status.success() {
+            say("OCI runtimes: not compared");
+        }
+    }
+    Ok(())
+}
