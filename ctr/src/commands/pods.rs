@@ -512,13 +512,16 @@ impl Logs {
         for line in &lines[skipped..] {
             self.print(line)?;
         }
-        while self.follow {
+        if !self.follow {
+            return Ok(());
+        }
+        loop {
             let state = status(ctx, &id).await?.state();
             for line in log.lines(&mut file)? {
                 self.print(&line)?;
             }
             if state == cri::ContainerState::ContainerExited {
-                break;
+                return Ok(());
             }
             if rotated(&file, &path) {
                 file = std::fs::File::open(&path)
@@ -528,7 +531,6 @@ impl Logs {
             }
             tokio::time::sleep(FOLLOW).await;
         }
-        Ok(())
     }
 
     fn print(&self, line: &[u8]) -> anyhow::Result<()> {

@@ -205,6 +205,16 @@ pub struct Plugin {
     pub(crate) version: String,
 }
 
+/// Measurements, as often and as long as the configuration says.
+fn history(config: &config::Cri) -> Result<History> {
+    let runtime = &config.runtime;
+    Ok(History::new(
+        config::duration("stats_collect_period", &runtime.stats_collect_period)?,
+        config::duration("stats_retention_period", &runtime.stats_retention_period)?,
+        Duration::from_secs(config.images.stats_collect_period),
+    ))
+}
+
 impl Plugin {
     /// Makes the plugin and starts its background work; `recover` comes before serving.
     ///
@@ -242,17 +252,7 @@ impl Plugin {
                 own_cni.insert(name.clone(), Cni::new(own).await);
             }
         }
-        let stats = History::new(
-            config::duration(
-                "stats_collect_period",
-                &parts.config.runtime.stats_collect_period,
-            )?,
-            config::duration(
-                "stats_retention_period",
-                &parts.config.runtime.stats_retention_period,
-            )?,
-            Duration::from_secs(parts.config.images.stats_collect_period),
-        );
+        let stats = history(&parts.config)?;
         let dirs = parts.config.runtime.cdi_spec_dirs.iter().map(PathBuf::from);
         let cdi = parts
             .config

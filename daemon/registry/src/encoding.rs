@@ -59,6 +59,9 @@ impl Decoder {
     }
 
     /// A decoder of zstd frames.
+    ///
+    /// # Errors
+    /// When the library has no memory for it.
     pub fn zstd() -> io::Result<Self> {
         zstd::stream::write::Decoder::new(Vec::new()).map(Self::Zstd)
     }
@@ -69,6 +72,9 @@ impl Decoder {
     }
 
     /// Decodes the next piece of the wire.
+    ///
+    /// # Errors
+    /// When the bytes are no such encoding.
     pub fn decode(&mut self, piece: Bytes) -> io::Result<Vec<Bytes>> {
         if self.is_identity() {
             return Ok(vec![piece]);
@@ -98,6 +104,9 @@ impl Decoder {
     }
 
     /// What is left at the end of the body.
+    ///
+    /// # Errors
+    /// When the encoding ends too early.
     pub fn finish(self) -> io::Result<Bytes> {
         Ok(match self {
             Self::Identity => Bytes::new(),

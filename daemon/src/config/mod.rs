@@ -300,16 +300,7 @@ impl Config {
             ttrpc,
             debug,
             log_level: log_level("debug.level", &file.debug.level)?,
-            log_format: match file.debug.format.as_str() {
-                "" | "text" => LogFormat::Text,
-                "json" => LogFormat::Json,
-                other => {
-                    return Err(Error::invalid(
-                        "debug.format",
-                        format!("{other:?} is neither text nor json"),
-                    ));
-                }
-            },
+            log_format: log_format(&file.debug.format)?,
             metrics: Some(file.metrics.address).filter(|a| !a.is_empty()),
             grpc_histogram: file.metrics.grpc_histogram,
             oom_score: file.oom_score,
@@ -328,6 +319,17 @@ impl Config {
     /// Whether the plugin `id` (`<type>.<id>`) is turned off.
     pub(crate) fn disabled(&self, id: &str) -> bool {
         self.disabled.iter().any(|d| d == id)
+    }
+}
+
+fn log_format(text: &str) -> Result<LogFormat, Error> {
+    match text {
+        "" | "text" => Ok(LogFormat::Text),
+        "json" => Ok(LogFormat::Json),
+        other => Err(Error::invalid(
+            "debug.format",
+            format!("{other:?} is neither text nor json"),
+        )),
     }
 }
 

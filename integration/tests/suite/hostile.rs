@@ -105,7 +105,7 @@ async fn beside_a_neighbour(
     let usual = exec_latency(client, "quiet", &quiet, "before").await?;
     let spec = limited(
         Spec::new(daemon.namespace(), "hostile", &["sh", "-c", script]),
-        json!({
+        &json!({
             "pids": {"limit": 100}, "memory": {"limit": 33_554_432, "swap": 33_554_432},
             "cpu": {"quota": 50_000, "period": 100_000}
         }),

@@ -46,7 +46,7 @@ fn figure(path: &Path, key: &str) -> Result<u64> {
     Ok(value.trim().parse()?)
 }
 
-pub(crate) fn limited(mut spec: Spec, resources: Value) -> Spec {
+pub(crate) fn limited(mut spec: Spec, resources: &Value) -> Spec {
     for (key, value) in resources.as_object().into_iter().flatten() {
         spec.0["linux"]["resources"][key] = value.clone();
     }
@@ -69,7 +69,7 @@ async fn limits_are_set_changed_and_hold() -> Result {
     });
     let spec = limited(
         Spec::new(daemon.namespace(), "tight", &["sleep", "1000"]),
-        resources,
+        &resources,
     );
     let (container, _) = start(&client, &top, "tight", &spec).await?;
     let memory = file(
@@ -125,7 +125,7 @@ async fn metrics_are_those_of_the_files() -> Result {
     let resources = json!({"memory": {"limit": 67_108_864}, "pids": {"limit": 20}});
     let spec = limited(
         Spec::new(daemon.namespace(), "counted", &["sh", "-c", script]),
-        resources,
+        &resources,
     );
     let (container, pid) = start(&client, &top, "counted", &spec).await?;
     let done = format!("/proc/{pid}/root/run/done");
@@ -210,7 +210,7 @@ async fn a_kill_for_want_of_memory_is_told_before_the_exit() -> Result {
             "greedy",
             &["tail", "-c", "150000000", "/dev/zero"],
         ),
-        json!({"memory": {"limit": 33_554_432, "swap": 33_554_432}}),
+        &json!({"memory": {"limit": 33_554_432, "swap": 33_554_432}}),
     );
     let (container, _) = start(&client, &top, "greedy", &spec).await?;
     assert_eq!(client.wait("greedy", "").await?.status, 137);

@@ -54,7 +54,10 @@ pub(crate) fn validate(devices: &HashMap<String, NetDevice>) -> Result<()> {
     };
     let mut targets = Vec::new();
     for (name, device) in devices {
-        for name in [name, &device.name].into_iter().filter(|name| *name != "") {
+        for name in [name, &device.name]
+            .into_iter()
+            .filter(|name| !name.is_empty())
+        {
             if !usable(name) {
                 return Err(Error::Spec(format!(
                     "netDevices: {name:?} is no name of a network interface"

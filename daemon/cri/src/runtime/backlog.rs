@@ -91,7 +91,6 @@ impl Backlog {
             if at.elapsed() <= KEPT_FOR {
                 // There is room for all of them.
                 let _ = sender.try_send(event);
-            } else {
             }
         }
         inner.subscribers.push(sender);

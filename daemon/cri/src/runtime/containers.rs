@@ -87,6 +87,13 @@ fn stop_signal(config: &ContainerConfig, image: &str) -> Result<u32> {
     signal_number(&name).ok_or_else(|| Error::invalid(format!("unknown stop signal {name:?}")))
 }
 
+/// Where the container's log goes; `None` when either half of the path is missing.
+fn log_path(pod: &Pod, config: &ContainerConfig) -> Option<PathBuf> {
+    let directory = Path::new(&pod.config.log_directory);
+    let logged = !config.log_path.is_empty() && !pod.config.log_directory.is_empty();
+    logged.then(|| directory.join(&config.log_path))
+}
+
 impl Plugin {
     /// Makes a container in a pod that is ready; its id.
     pub(super) async fn create_container(
@@ -204,8 +211,6 @@ impl Plugin {
         self.plugins_create(pod, id, &config, image, &mut spec)
             .await?;
         spec::resources::clamp_rlimits(&mut spec);
-        let directory = Path::new(&pod.config.log_directory);
-        let logged = !config.log_path.is_empty() && !pod.config.log_directory.is_empty();
         let resources = spec::resources::recorded(&spec);
         let made = Arc::new(Container::new(
             NewContainer {
@@ -213,7 +218,7 @@ impl Plugin {
                 name: name.to_owned(),
                 pod_id: pod.id.clone(),
                 image_id: image.id.clone(),
-                log_path: logged.then(|| directory.join(&config.log_path)),
+                log_path: log_path(pod, &config),
                 stop_signal,
                 snapshotter: snapshotter.to_owned(),
                 user: encode_user(&user),

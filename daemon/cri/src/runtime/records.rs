@@ -93,7 +93,7 @@ pub(super) fn options(handler: &Handler) -> Option<Any> {
 }
 
 /// Metadata as extensions hold it.
-fn envelope(metadata: Value, making: bool) -> Value {
+fn envelope(metadata: &Value, making: bool) -> Value {
     let mut value = json!({ "Version": "v1", "Metadata": metadata });
     if making {
         value[MAKING] = json!(true);
@@ -114,7 +114,7 @@ impl Plugin {
             .map(|(k, v)| (k.clone(), v.clone()))
             .collect();
         labels.insert(KIND.to_owned(), new.kind.to_owned());
-        let extension = any::pack_json(new.extension.1, &envelope(new.metadata, new.making))?;
+        let extension = any::pack_json(new.extension.1, &envelope(&new.metadata, new.making))?;
         let now = SystemTime::now();
         let record = metadata::Container {
             id: Identifier::new(new.id)?,
@@ -197,7 +197,7 @@ impl Plugin {
 
     /// Notes what was found out of a pod since its record was made, and that it is made.
     pub(super) async fn keep_pod(&self, pod: &Pod, mut record: metadata::Container) -> Result<()> {
-        let value = envelope(self.pod_metadata(pod)?, false);
+        let value = envelope(&self.pod_metadata(pod)?, false);
         record
             .extensions
             .insert(POD.0.to_owned(), any::pack_json(POD.1, &value)?);

@@ -29,7 +29,7 @@ struct Annotated {
 pub(super) fn group_of(spec: &[u8]) -> Option<String> {
     // Most specs name none: a search is cheaper than reading all of the JSON.
     let named = |key: &&str| spec.windows(key.len()).any(|part| part == key.as_bytes());
-    if !GROUP_ANNOTATIONS.iter().any(|key| named(&key)) {
+    if !GROUP_ANNOTATIONS.iter().any(named) {
         return None;
     }
     let annotated: Annotated = serde_json::from_slice(spec).ok()?;

@@ -64,7 +64,10 @@ pub(crate) fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
             anyhow::bail!("round {round}: the machine did not come up");
         };
         if round == rounds {
-            println!("round {round}: {compared} things compared, all right");
+            writeln!(
+                std::io::stdout(),
+                "round {round}: {compared} things compared, all right"
+            )?;
             break;
         }
         let mut random = rand::rng();
@@ -75,13 +78,14 @@ pub(crate) fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
         listen(&machine, &mut known, usize::MAX, delay)?;
         let cut = machine.disk.cut()?;
         drop(machine);
-        println!(
+        writeln!(
+            std::io::stdout(),
             "round {round}: {compared} compared, all right; {} more acknowledged, then cut after {} flushes: {} of {} unflushed writes lost",
             known.there.len().saturating_sub(before),
             cut.flushes,
             cut.lost,
             cut.unflushed
-        );
+        )?;
     }
     Ok(())
 }

@@ -197,7 +197,7 @@ mod tests {
         };
         let place = |own: &str, wanted: &str| match host(own).place(Path::new(wanted)) {
             Group::Unified { path } => path,
-            other => panic!("{other:?}"),
+            other @ Group::Legacy { .. } => panic!("{other:?}"),
         };
         assert_eq!(place("/", "c"), Path::new("/m/c"));
         assert_eq!(place("/a", "c"), Path::new("/m/c"));

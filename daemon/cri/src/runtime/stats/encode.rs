@@ -23,7 +23,7 @@ fn cpu(sample: &Sample, rate: Option<u64>, timestamp: i64) -> Option<api::CpuUsa
         timestamp,
         usage_core_nano_seconds: value(cpu.usage_ns),
         usage_nano_cores: rate.and_then(value),
-        psi: cpu.pressure.clone(),
+        psi: cpu.pressure,
     })
 }
 
@@ -37,12 +37,12 @@ fn memory(sample: &Sample, timestamp: i64) -> Option<api::MemoryUsage> {
         rss_bytes: value(memory.rss),
         page_faults: value(memory.page_faults),
         major_page_faults: value(memory.major_page_faults),
-        psi: memory.pressure.clone(),
+        psi: memory.pressure,
     })
 }
 
 fn io(sample: &Sample, timestamp: i64) -> Option<api::IoUsage> {
-    let psi = Some(sample.io_pressure.clone()?);
+    let psi = Some(sample.io_pressure?);
     Some(api::IoUsage { timestamp, psi })
 }
 

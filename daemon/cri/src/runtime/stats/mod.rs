@@ -304,11 +304,11 @@ pub(super) fn sample_of_everything() -> Sample {
     let pressure = Some(api::PsiStats::default());
     Sample {
         cpu: Some(Cpu {
-            pressure: pressure.clone(),
+            pressure,
             ..Cpu::default()
         }),
         memory: Some(Memory {
-            pressure: pressure.clone(),
+            pressure,
             ..Memory::default()
         }),
         swap: Some(Swap::default()),

@@ -144,7 +144,7 @@ impl Sample {
             }
         });
         let oom_kills = stats.memory_oom_control.map_or(0, |oom| oom.oom_kill);
-        let swap = stats.memory.as_ref().and_then(|m| m.swap.clone());
+        let swap = stats.memory.as_ref().and_then(|m| m.swap);
         let memory = stats.memory.map(|memory| {
             let usage = memory.usage.unwrap_or_default();
             Memory {
@@ -257,7 +257,7 @@ impl Sample {
             cpu,
             memory,
             swap,
-            io_pressure: io.psi.clone().map(pressure),
+            io_pressure: io.psi.map(pressure),
             pids: stats.pids.map(|p| Pids {
                 current: p.current,
                 limit: p.limit,
