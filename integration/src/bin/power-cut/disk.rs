@@ -1,7 +1,7 @@
 //! A disk with a volatile write cache, served over NBD on a Unix socket: writes stay in memory until they are flushed,
 //! and a power cut loses a random part of those that were not, as real disks may write them in any order.
 //!
-//! Protocol: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md, fixed newstyle, simple replies. FUA is not
+//! Protocol: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>, fixed newstyle, simple replies. FUA is not
 //! offered, so that the client flushes instead.
 
 use std::fs::File;

@@ -7,7 +7,7 @@
 //! power-cut guest in the machine: mounts the disk, starts the daemon on it, compares, works until the end
 //! ```
 //!
-//! The two talk over a serial line, one word list a line: see [`Fact`].
+//! The two talk over a serial line, one word list a line: see `Fact`.
 
 mod disk;
 mod fact;
