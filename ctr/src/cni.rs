@@ -3,7 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use lighter_cni::{Capabilities, Cni, Config, IpPreference, NetworkResult, Options, PortMapping};
+use anyhow::Context as _;
+use lighter_cni::{
+    Capabilities, Cni, Config, IpPreference, NetworkResult, Options, PortMapping, netns,
+};
 
 use crate::advice;
 
@@ -14,6 +17,9 @@ const CONFIG_DIR: &str = "/etc/cni/net.d";
 const PLUGIN_DIRS: &str = "/opt/cni/bin:/usr/lib/cni";
 /// Where it stands which containers have a network, so that any later command can take it down.
 const STATE_DIR: &str = "/var/lib/lighter/ctr";
+/// Where network namespaces are pinned, so that plugins can still enter them when the last process
+/// is gone: some take their rules down only then.
+const PIN_DIR: &str = "/run/lighter/ctr/netns";
 
 /// An environment variable, or what stands in for it.
 fn setting(name: &str, default: &str) -> String {
@@ -79,16 +85,39 @@ impl Network {
             args: vec![("IgnoreUnknown".to_owned(), "1".to_owned())],
             ..Options::default()
         };
-        let netns = PathBuf::from(format!("/proc/{pid}/ns/net"));
-        Ok(self.cni.setup(&self.id, &netns, &options).await?)
+        let netns = self.pin(pid)?;
+        match self.cni.setup(&self.id, &netns, &options).await {
+            Ok(result) => Ok(result),
+            Err(error) => {
+                netns::remove(&netns).await?;
+                Err(error.into())
+            }
+        }
     }
 
     /// Takes the interfaces down and gives the addresses back. Fine when there is nothing left.
     pub(crate) async fn remove(&self) -> anyhow::Result<()> {
-        Ok(self
-            .cni
-            .teardown(&self.id, None, &Options::default())
-            .await?)
+        let pinned = self.pinned();
+        let netns = pinned.exists().then_some(pinned.as_path());
+        let options = Options::default();
+        self.cni.teardown(&self.id, netns, &options).await?;
+        Ok(netns::remove(&pinned).await?)
+    }
+
+    fn pinned(&self) -> PathBuf {
+        Path::new(PIN_DIR).join(&self.id)
+    }
+
+    fn pin(&self, pid: u32) -> anyhow::Result<PathBuf> {
+        let pinned = self.pinned();
+        std::fs::create_dir_all(PIN_DIR)
+            .and_then(|()| std::fs::File::create(&pinned))
+            .and_then(|_| {
+                let netns = format!("/proc/{pid}/ns/net");
+                Ok(rustix::mount::mount_bind(netns, &pinned)?)
+            })
+            .with_context(|| format!("cannot pin a network namespace at {}", pinned.display()))?;
+        Ok(pinned)
     }
 }
 

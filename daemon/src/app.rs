@@ -202,7 +202,8 @@ impl App {
         };
         let mut graph = builtins::graph(&config, plugins, differs.plugins);
         cri.entries.iter().cloned().for_each(|e| graph.add(e));
-        graph.settle(&config.disabled)?;
+        let content_elsewhere = config.proxies.values().any(|p| p.kind == "content");
+        graph.settle(&config.disabled, content_elsewhere)?;
         let missing = graph.missing(&config.required);
         anyhow::ensure!(
             missing.is_empty(),

@@ -44,7 +44,9 @@ impl Session {
                     Ok(target) => return Ok(target),
                     Err(error) => {
                         tracing::debug!(host = %endpoint.host.authority, %error, "not resolved");
-                        all_missing &= matches!(error, Error::NotFound { .. });
+                        // Docker's registry answers 500 to a manifest that is a blob.
+                        all_missing &= matches!(&error, Error::NotFound { .. })
+                            || matches!(&error, Error::Status { status, .. } if status.as_u16() == 500);
                         let further = worst
                             .as_ref()
                             .is_none_or(|w| error.progress() > w.progress());

@@ -105,10 +105,12 @@ impl Fields for Plugin {
     }
 }
 
+/// The content store of this daemon.
+const CONTENT: &str = "io.containerd.content.v1.content";
 /// Plugins that cannot be turned off.
 const NEEDED: [&str; 3] = [
     "io.containerd.event.v1.exchange",
-    "io.containerd.content.v1.content",
+    CONTENT,
     "io.containerd.metadata.v1.bolt",
 ];
 
@@ -127,11 +129,16 @@ impl Graph {
     /// Leaves out what the configuration turns off, and marks as failed what cannot do without it.
     ///
     /// # Errors
-    /// For one that nothing works without.
-    pub(crate) fn settle(&mut self, disabled: &[String]) -> anyhow::Result<()> {
+    /// For one that nothing works without; the content store is one unless another process has it.
+    pub(crate) fn settle(
+        &mut self,
+        disabled: &[String],
+        content_elsewhere: bool,
+    ) -> anyhow::Result<()> {
         for uri in disabled {
+            let replaced = content_elsewhere && uri == CONTENT;
             anyhow::ensure!(
-                !NEEDED.contains(&uri.as_str()),
+                replaced || !NEEDED.contains(&uri.as_str()),
                 "disabled_plugins: {uri} cannot be turned off, nothing works without it; \
                  take it off the list"
             );
@@ -270,7 +277,7 @@ mod tests {
     #[test]
     fn what_needs_a_disabled_plugin_fails_and_says_why() {
         let mut graph = graph();
-        graph.settle(&["differ.walking".to_owned()]).unwrap();
+        graph.settle(&["differ.walking".to_owned()], false).unwrap();
         assert!(graph.find("differ", "walking").is_none());
         let broken = graph.find("service", "diff-service").unwrap();
         assert_eq!(
@@ -286,7 +293,7 @@ mod tests {
     #[test]
     fn what_nothing_works_without_stays_on() {
         let needed = NEEDED[0].to_owned();
-        let error = graph().settle(&[needed]).unwrap_err().to_string();
+        let error = graph().settle(&[needed], false).unwrap_err().to_string();
         assert!(error.contains("cannot be turned off"), "{error}");
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 
 use lighter_integration::cri::{Node, Pod, newer};
-use lighter_integration::{Blob, Image, Layer, Result, eventually};
+use lighter_integration::{Blob, Image, Layer, Result, Subject, eventually};
 use lighter_proto::runtime::v1 as api;
 use serde_json::{Value, json};
 use tonic::Code;
@@ -119,7 +119,9 @@ async fn exits_are_told_with_code_and_reason() -> Result {
             (code, reason),
             "{name}"
         );
-        assert!(status.finished_at >= status.started_at && status.started_at > 0);
+        // The reference sets the times apart, in either order when the process ends at once.
+        let in_order = status.finished_at >= status.started_at && status.started_at > 0;
+        assert!(in_order || Subject::of_run() == Subject::Containerd);
     }
     let id = node
         .cri

@@ -116,7 +116,10 @@ fn memory(engine: &Engine) -> Result {
         .concat(),
     )?;
     assert_eq!(code, 137, "{said}");
-    assert_eq!(engine.state("hog")?, "exited 137 true");
+    let state = engine.state("hog")?;
+    // The reference's event may come after the exit, too late for the engine.
+    let late = Subject::of_run() == Subject::Containerd && state == "exited 137 false";
+    assert!(late || state == "exited 137 true", "{state}");
     engine.ok(&["rm", "hog"]).map(drop)
 }
 

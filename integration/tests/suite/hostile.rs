@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use lighter_integration::{Client, Container, Daemon, Result, Spec, eventually};
+use lighter_integration::{Client, Container, Daemon, Result, Spec, Subject, eventually};
 use lighter_proto::containerd::services::tasks::v1 as svc;
 use lighter_proto::containerd::v1::types::Status;
 use serde_json::json;
@@ -166,6 +166,10 @@ async fn flooded_output_fills_neither_memory_nor_time() -> Result {
 
 #[tokio::test]
 async fn output_that_nobody_reads_stops_only_its_writer() -> Result {
+    if Subject::of_run() == Subject::Containerd {
+        eprintln!("skipped: the reference's shim waits for a reader");
+        return Ok(());
+    }
     let (daemon, client, _, top) = ready().await?;
     let fifo = daemon.dir().join("unread");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600))?;

@@ -128,6 +128,12 @@ fn move_one(
     target: &str,
     namespace: BorrowedFd<'_>,
 ) -> Result<()> {
+    if name == "lo" {
+        // The kernel would refuse as well, but only after the machine's own loopback was taken down.
+        return Err(Error::Spec(
+            "the loopback interface belongs to its namespace".into(),
+        ));
+    }
     let links = here.links().context(|| "list interfaces")?;
     let Some(index) = links
         .iter()
@@ -145,8 +151,11 @@ fn move_one(
     let descriptor = namespace.as_raw_fd().cast_unsigned();
     attribute(&mut request, IFLA_NET_NS_FD, &descriptor.to_ne_bytes());
     attribute(&mut request, IFLA_IFNAME, &zero_ended(target));
-    here.change(NEW_LINK, 0, &request)
-        .context(|| format!("as {target:?}"))?;
+    if let Err(error) = here.change(NEW_LINK, 0, &request) {
+        // It stays here, and whoever uses it must not suffer. What went wrong first is what counts.
+        let _ = here.set_up(index, true);
+        return Err(error).context(|| format!("as {target:?}"));
+    }
     let after = there
         .links()
         .context(|| "list the container's interfaces")?;

@@ -247,8 +247,24 @@ pub(super) async fn container(client: &Client, id: &str) -> anyhow::Result<Conta
 pub(super) fn spec_of(container: &Container) -> anyhow::Result<Spec> {
     let stored = container.spec.as_ref();
     let stored = stored.with_context(|| format!("container {} has no spec", container.id))?;
-    any::unpack_json(stored)
-        .with_context(|| format!("the spec of container {} is malformed", container.id))
+    let read = || {
+        let mut value: serde_json::Value = any::unpack_json(stored)?;
+        drop_nulls(&mut value);
+        serde_json::from_value(value)
+    };
+    read().with_context(|| format!("the spec of container {} is malformed", container.id))
+}
+
+/// Go writes empty lists and maps as `null`.
+fn drop_nulls(value: &mut serde_json::Value) {
+    match value {
+        serde_json::Value::Object(map) => {
+            map.retain(|_, value| !value.is_null());
+            map.values_mut().for_each(drop_nulls);
+        }
+        serde_json::Value::Array(list) => list.iter_mut().for_each(drop_nulls),
+        _ => {}
+    }
 }
 
 /// A process as the daemon knows it.

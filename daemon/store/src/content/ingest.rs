@@ -12,6 +12,8 @@ use std::time::SystemTime;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 use sha2::Digest as _;
 use tokio::task::{JoinHandle, spawn_blocking};
 
@@ -278,11 +280,20 @@ fn finish(
     }
     let target = ingest.layout.blob(&digest);
     ingest.layout.make_algorithm_dir(digest.algorithm())?;
-    if target.exists() {
-        let _ = fs::remove_dir_all(&ingest.directory);
-        return Err(super::blob_exists(&digest));
+    // Of several commits of the same bytes one wins, however close they come.
+    let placed = match renameat_with(CWD, &data, CWD, &target, RenameFlags::NOREPLACE) {
+        // A filesystem that cannot say so: the bytes are the same anyway.
+        Err(Errno::INVAL | Errno::NOSYS) if !target.exists() => fs::rename(&data, &target),
+        Err(Errno::INVAL | Errno::NOSYS) => Err(Errno::EXIST.into()),
+        other => other.map_err(Into::into),
+    };
+    match placed {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let _ = fs::remove_dir_all(&ingest.directory);
+            return Err(super::blob_exists(&digest));
+        }
+        other => other.map_err(|source| io_error("commit", &target, source))?,
     }
-    fs::rename(&data, &target).map_err(|source| io_error("commit", &target, source))?;
     // From here on the blob is there, whatever else goes wrong.
     if let Some(parent) = target.parent()
         && let Err(error) = File::open(parent).and_then(|dir| dir.sync_all())
