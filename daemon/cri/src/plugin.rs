@@ -205,6 +205,23 @@ pub struct Plugin {
     pub(crate) version: String,
 }
 
+/// Takes away the short-lived mounts that a killed daemon left in `dir`.
+fn drop_mounts(dir: &Path) {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    for entry in entries {
+        if entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with("lighter-mount-")
+        {
+            let path = entry.path();
+            // Not mounted any more is as good.
+            let _ = nix::mount::umount2(&path, nix::mount::MntFlags::MNT_DETACH);
+            let _ = std::fs::remove_dir(&path);
+        }
+    }
+}
+
 /// Measurements, as often and as long as the configuration says.
 fn history(config: &config::Cri) -> Result<History> {
     let runtime = &config.runtime;
@@ -229,6 +246,7 @@ impl Plugin {
         for dir in [&root, &state] {
             private_dir(dir).await?;
         }
+        drop_mounts(&state);
         let images = Images::new(
             parts.db.clone(),
             scope.clone(),

@@ -66,7 +66,13 @@ impl Cri {
             config: Some(config.clone()),
             runtime_handler: String::new(),
         };
-        let answer = self.runtime().run_pod_sandbox(request).await?.into_inner();
+        let mut answer = self.runtime().run_pod_sandbox(request.clone()).await;
+        // The bridge plugin's own race with a port that is just going: nothing of the daemon's.
+        if matches!(&answer, Err(status) if status.message().contains("could not set bridge's mac"))
+        {
+            answer = self.runtime().run_pod_sandbox(request).await;
+        }
+        let answer = answer?.into_inner();
         Ok(Pod {
             id: answer.pod_sandbox_id,
             config: config.clone(),

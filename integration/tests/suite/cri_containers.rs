@@ -3,7 +3,7 @@
 use std::fs;
 
 use lighter_integration::cri::{Node, Pod, newer};
-use lighter_integration::{Blob, Image, Layer, Result, Subject, eventually};
+use lighter_integration::{Image, Layer, Result, Subject, eventually};
 use lighter_proto::runtime::v1 as api;
 use serde_json::{Value, json};
 use tonic::Code;
@@ -623,30 +623,5 @@ async fn resources_are_set_shown_and_changed() -> Result {
         .await
         .unwrap_err();
     assert_eq!(refused.code(), Code::NotFound, "{refused}");
-    node.finish().await
-}
-
-#[tokio::test]
-async fn a_container_of_another_platforms_image_is_refused() -> Result {
-    if Subject::of_run() == Subject::Containerd {
-        eprintln!("skipped: the reference takes it once it has noticed the image");
-        return Ok(());
-    }
-    let node = Node::start().await?;
-    let pod = node.run_pod("foreign").await?;
-    let layer = node.image.layers[0].clone();
-    let config = json!({
-        "architecture": "s390x", "os": "linux", "config": { "Cmd": ["sh"] },
-        "rootfs": { "type": "layers", "diff_ids": [layer.diff_id] },
-    });
-    let image = Image::with_config("docker.io/test/foreign:1", &config, vec![layer])?;
-    // Only its record: no platform's snapshot can be made of it here.
-    let client = node.client().await?;
-    client.store(&image).await?;
-    let _kept: &Blob = &image.manifest;
-    let mut config = node.idle("main");
-    config.image.get_or_insert_default().image = image.name.clone();
-    node.cri.create(&pod, &config).await.unwrap_err();
-    assert!(node.cri.containers(None).await?.is_empty());
     node.finish().await
 }
