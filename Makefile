@@ -54,14 +54,15 @@ test-vm: ## Runtime, daemon and shim on cgroup v2, then power cuts, in a virtual
 
 bench: ## Speed and memory beside containerd, as ratios
 	$(MAKE) --no-print-directory release
-	LIGHTER_BIN_DIR=$(abspath $(TARGET_DIR))/release $(CARGO) bench -p lighter-integration
+	LIGHTER_BIN_DIR=$(abspath $(TARGET_DIR))/release $(CARGO) bench --workspace \
+		--bench compare --bench start --bench cri
 
 flame: ## Where the time of a container's start goes: folded stacks, and the functions at the top (needs perf)
-	$(CARGO) build --profile fast --bins -p lighter-daemon -p lighter-integration
+	$(CARGO) build --profile fast --workspace --bins
 	$(SHIM_BUILD)
 	install -m 755 $(TARGET_DIR)/$(STATIC_TARGET)/shim/containerd-shim-lighter-v2 \
 		$(TARGET_DIR)/$(STATIC_TARGET)/shim/lighter-oci $(TARGET_DIR)/fast/
-	$(CARGO) bench --profile fast -p lighter-integration --bench start --no-run
+	$(CARGO) bench --profile fast --workspace --bench start --no-run
 	LIGHTER_BIN_DIR=$(abspath $(TARGET_DIR))/fast integration/scripts/flame.sh \
 		"$$(ls -t $(abspath $(TARGET_DIR))/fast/deps/start-* | grep -v '\.d$$' | head -1)" $(abspath $(TARGET_DIR))/flame
 

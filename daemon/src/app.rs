@@ -249,20 +249,14 @@ impl App {
         let shims = ttrpc::serve(events, tasks.clone()).await?;
         if let Some(tcp) = &config.tcp {
             let listener = listen::tcp(&tcp.address).await?;
-            tracker.spawn(served(
-                "grpc-tcp",
-                grpc::serve_tcp(
-                    listener,
-                    if config.plugins.cri.server.disable_tcp_service {
-                        plain
-                    } else {
-                        routes.clone()
-                    },
-                    Arc::clone(&in_flight),
-                    metrics.clone(),
-                    stop.clone(),
-                ),
-            ));
+            let routes = if config.plugins.cri.server.disable_tcp_service {
+                plain
+            } else {
+                routes.clone()
+            };
+            let (in_flight, metrics) = (Arc::clone(&in_flight), metrics.clone());
+            let serving = grpc::Serving::new(routes, in_flight, metrics, stop.clone());
+            tracker.spawn(serving.tcp(listener));
         }
         let measured =
             graph.works(kind::MONITOR, "cgroups") && !config.plugins.cgroups.no_prometheus;
@@ -290,10 +284,8 @@ impl App {
         }
         tracker.spawn(stores::keep_exported(kv, config.root.clone(), stop.clone()));
         tracker.spawn(memory::keep_small(Arc::clone(&in_flight), stop.clone()));
-        tracker.spawn(served(
-            "grpc",
-            grpc::serve_unix(unix, routes, in_flight, metrics, stop.clone()),
-        ));
+        let serving = grpc::Serving::new(routes, in_flight, metrics, stop.clone());
+        tracker.spawn(serving.unix(unix));
         Ok(Self {
             config,
             stop,
@@ -458,16 +450,6 @@ fn sections(tasks: &Manager, db: &Db, collector: &Collector) -> Vec<debug::Secti
             }),
         },
     ]
-}
-
-/// A server that ends before it is told to is an operator's business.
-async fn served(
-    name: &'static str,
-    server: impl Future<Output = Result<(), tonic::transport::Error>>,
-) {
-    if let Err(error) = server.await {
-        tracing::error!(name, %error, "server failed");
-    }
 }
 
 fn notify(states: &[sd_notify::NotifyState<'_>]) {

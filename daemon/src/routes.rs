@@ -39,7 +39,7 @@ use crate::config::MessageLimits;
 use crate::plugin::Graph;
 use crate::plugin::builtins::kind;
 use crate::services::containers::ContainersService;
-use crate::services::content::ContentService;
+use crate::services::content::{ContentService, Reads};
 use crate::services::diff::DiffService;
 use crate::services::disk::DiskService;
 use crate::services::events::EventsService;
@@ -142,7 +142,11 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits, graph: &Grap
         NamespacesService::new(db.clone())
     );
     serve!("leases", LeasesServer, leases);
-    serve!("content", ContentServer, ContentService::new(db.clone()));
+    if graph.works(kind::GRPC, "content") {
+        let content = ContentService::new(db.clone());
+        let served = limited!(limits, ContentServer, content.clone());
+        routes = routes.add_service(Reads::new(served, content));
+    }
     serve!(
         "snapshots",
         SnapshotsServer,

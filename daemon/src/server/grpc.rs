@@ -1,15 +1,25 @@
 //! gRPC: HTTP/2 settings, and the servers over Unix and TCP sockets.
 
+use std::future::Future;
+use std::io;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
+use hyper::server::conn::http2;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
-use tonic::transport::Server;
+use tower::Layer as _;
+use tracing::{debug, warn};
 
+use super::connection::{BeginHere, Gathering};
 use super::metrics::Metrics;
-use super::observe::{InFlight, Observe};
+use super::observe::{InFlight, Observe, Observed};
 
 /// Bytes a stream may send before it is acknowledged: one whole content chunk and more.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
@@ -19,48 +29,105 @@ const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
 const FRAME_BYTES: u32 = 1 << 20;
 /// Most requests one connection may have in flight.
 const MAX_STREAMS: u32 = 10_000;
+/// Pause after a failed accept, so that a lack of descriptors does not become a busy loop.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-fn builder() -> Server {
-    Server::builder()
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES)
-        .max_concurrent_streams(MAX_STREAMS)
-        .tcp_nodelay(true)
+/// All services of the daemon, as the servers share them.
+#[derive(Debug, Clone)]
+pub(crate) struct Serving {
+    service: Observed<Routes>,
+    stop: CancellationToken,
 }
 
-/// Serves `routes` on a Unix socket until `stop`, then lets what is in flight end.
-///
-/// # Errors
-/// When the transport fails as a whole.
-pub(crate) async fn serve_unix(
-    listener: UnixListener,
-    routes: Routes,
-    in_flight: Arc<InFlight>,
-    metrics: Metrics,
-    stop: CancellationToken,
-) -> Result<(), tonic::transport::Error> {
-    builder()
-        .layer(Observe::new(in_flight, metrics))
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.cancelled_owned())
-        .await
-}
+impl Serving {
+    /// `routes` under observation, until `stop`.
+    pub(crate) fn new(
+        routes: Routes,
+        in_flight: Arc<InFlight>,
+        metrics: Metrics,
+        stop: CancellationToken,
+    ) -> Self {
+        Self {
+            // Routes are looked up on each request: prepared once.
+            service: Observe::new(in_flight, metrics).layer(routes.prepare()),
+            stop,
+        }
+    }
 
-/// Serves `routes` on a TCP port.
-///
-/// # Errors
-/// When the transport fails as a whole.
-pub(crate) async fn serve_tcp(
-    listener: TcpListener,
-    routes: Routes,
-    in_flight: Arc<InFlight>,
-    metrics: Metrics,
-    stop: CancellationToken,
-) -> Result<(), tonic::transport::Error> {
-    builder()
-        .layer(Observe::new(in_flight, metrics))
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
-        .await
+    /// Serves a Unix socket until told to stop, then lets what is in flight end.
+    pub(crate) async fn unix(self, listener: UnixListener) {
+        let accept = || async { listener.accept().await.map(|(stream, _)| stream) };
+        self.serve(accept).await;
+    }
+
+    /// Serves a TCP port likewise.
+    pub(crate) async fn tcp(self, listener: TcpListener) {
+        let accept = || async {
+            let (stream, _) = listener.accept().await?;
+            // An answer is one small packet: it must not wait for another.
+            stream.set_nodelay(true)?;
+            Ok(stream)
+        };
+        self.serve(accept).await;
+    }
+
+    async fn serve<S, A>(self, accept: impl Fn() -> A)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        A: Future<Output = io::Result<S>>,
+    {
+        let connections = TaskTracker::new();
+        loop {
+            let accepted = tokio::select! {
+                () = self.stop.cancelled() => break,
+                accepted = accept() => accepted,
+            };
+            match accepted {
+                Ok(stream) => drop(connections.spawn(self.clone().talk(stream))),
+                Err(error) => {
+                    warn!(%error, "a connection was not accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+        connections.close();
+        connections.wait().await;
+    }
+
+    /// One connection to its end; told to stop, it takes no more requests.
+    async fn talk<S>(self, stream: S)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let requests = TaskTracker::new();
+        let stream = Gathering::new(stream);
+        let connection = http2::Builder::new(BeginHere::new(requests.clone()))
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_frame_size(FRAME_BYTES)
+            .max_concurrent_streams(MAX_STREAMS)
+            .serve_connection(
+                TokioIo::new(stream.clone()),
+                TowerToHyperService::new(self.service),
+            );
+        let mut connection = pin!(stream.drive(connection));
+        let mut stopping = false;
+        loop {
+            tokio::select! {
+                ended = &mut connection => {
+                    if let Err(error) = ended {
+                        debug!(%error, "a connection failed");
+                    }
+                    break;
+                }
+                () = self.stop.cancelled(), if !stopping => {
+                    stopping = true;
+                    std::pin::Pin::new(connection.driver()).graceful_shutdown();
+                }
+            }
+        }
+        requests.close();
+        requests.wait().await;
+    }
 }

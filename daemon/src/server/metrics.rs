@@ -1,7 +1,8 @@
 //! Prometheus metrics, under upstream's names where upstream has them.
 
+use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeLabelSet, text};
@@ -15,6 +16,11 @@ use tonic::Code;
 const LATENCY_SECONDS: [f64; 11] = [
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 ];
+
+/// Most methods that are counted apart: more than there are.
+const MAX_METHODS: usize = 512;
+/// gRPC has as many codes.
+const CODES: usize = 17;
 
 #[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Rpc {
@@ -51,6 +57,50 @@ struct Inner {
     started: Family<Rpc, Counter>,
     handled: Family<Handled, Counter>,
     latency: Option<Latencies>,
+    /// What was asked for so far, by path: a request looks up its counters once.
+    methods: RwLock<HashMap<Box<str>, Arc<Method>>>,
+    /// Everything that nobody serves.
+    unknown: OnceLock<Arc<Method>>,
+}
+
+/// The counters of one method.
+pub(crate) struct Method {
+    labels: Rpc,
+    started: Counter,
+    latency: Option<Histogram>,
+    family: Family<Handled, Counter>,
+    handled: [OnceLock<Counter>; CODES],
+}
+
+impl fmt::Debug for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.labels.fmt(f)
+    }
+}
+
+impl Method {
+    /// Counts an RPC that came.
+    pub(crate) fn started(&self) {
+        self.started.inc();
+    }
+
+    /// Counts an RPC that ended.
+    pub(crate) fn handled(&self, code: Code, latency: Duration) {
+        if let Some(histogram) = &self.latency {
+            histogram.observe(latency.as_secs_f64());
+        }
+        let index = usize::try_from(code as i32).unwrap_or(0).min(CODES - 1);
+        let counter = self.handled[index].get_or_init(|| {
+            let labels = Handled {
+                grpc_type: self.labels.grpc_type,
+                grpc_service: self.labels.grpc_service.clone(),
+                grpc_method: self.labels.grpc_method.clone(),
+                grpc_code: code_name(code),
+            };
+            self.family.get_or_create(&labels).clone()
+        });
+        counter.inc();
+    }
 }
 
 impl fmt::Debug for Inner {
@@ -103,30 +153,53 @@ impl Metrics {
                 started,
                 handled,
                 latency,
+                methods: RwLock::default(),
+                unknown: OnceLock::new(),
             }),
         }
     }
 
-    /// Counts an RPC that came; `path` is `/service/method`.
-    pub(crate) fn started(&self, path: &str) {
-        self.inner.started.get_or_create(&rpc(path)).inc();
+    /// The counters of a method by its path, `/service/method`.
+    pub(crate) fn method(&self, path: &str) -> Arc<Method> {
+        let known = self.inner.methods.read();
+        if let Some(method) = known.unwrap_or_else(PoisonError::into_inner).get(path) {
+            return Arc::clone(method);
+        }
+        let Some(labels) = labels(path) else {
+            return self.unknown();
+        };
+        let methods = self.inner.methods.write();
+        let mut methods = methods.unwrap_or_else(PoisonError::into_inner);
+        if methods.len() >= MAX_METHODS {
+            return self.unknown();
+        }
+        let method = methods
+            .entry(path.into())
+            .or_insert_with(|| Arc::new(self.counters(labels)));
+        Arc::clone(method)
     }
 
-    /// Counts an RPC that ended.
-    pub(crate) fn handled(&self, path: &str, code: Code, latency: Duration) {
-        let rpc = rpc(path);
-        if let Some(family) = &self.inner.latency {
-            family.get_or_create(&rpc).observe(latency.as_secs_f64());
+    /// What all paths share that are none of ours: they cannot fill memory.
+    fn unknown(&self) -> Arc<Method> {
+        let method = self.inner.unknown.get_or_init(|| {
+            Arc::new(self.counters(Rpc {
+                grpc_type: "unary",
+                grpc_service: "unknown".to_owned(),
+                grpc_method: "unknown".to_owned(),
+            }))
+        });
+        Arc::clone(method)
+    }
+
+    fn counters(&self, labels: Rpc) -> Method {
+        let latency = self.inner.latency.as_ref();
+        Method {
+            started: self.inner.started.get_or_create(&labels).clone(),
+            latency: latency.map(|family| family.get_or_create(&labels).clone()),
+            family: self.inner.handled.clone(),
+            handled: Default::default(),
+            labels,
         }
-        self.inner
-            .handled
-            .get_or_create(&Handled {
-                grpc_type: rpc.grpc_type,
-                grpc_service: rpc.grpc_service,
-                grpc_method: rpc.grpc_method,
-                grpc_code: code_name(code),
-            })
-            .inc();
     }
 
     /// Everything in Prometheus' text form, with `more` families of other origin.
@@ -174,22 +247,16 @@ fn process(out: &mut String, more: &str) {
     out.push_str(end);
 }
 
-/// Client-streaming, server-streaming and both, of the services served here; all else is unary.
-fn rpc(path: &str) -> Rpc {
-    let (service, method) = path
-        .trim_start_matches('/')
-        .rsplit_once('/')
-        .unwrap_or(("unknown", "unknown"));
+/// The labels of a method that may be one of ours. Client-streaming, server-streaming and both are
+/// told apart for the services served here; all else is unary.
+fn labels(path: &str) -> Option<Rpc> {
+    let (service, method) = path.trim_start_matches('/').rsplit_once('/')?;
     let known = service.starts_with("containerd.")
+        || service.starts_with("lighter.")
         || service.starts_with("runtime.v1.")
         || service.starts_with("grpc.health.");
-    // A client may send any path: unknown ones share one label so that they cannot fill memory.
     if !known || method.len() > 64 || service.len() > 64 {
-        return Rpc {
-            grpc_type: "unary",
-            grpc_service: "unknown".to_owned(),
-            grpc_method: "unknown".to_owned(),
-        };
+        return None;
     }
     let grpc_type = match (service.rsplit('.').next().unwrap_or_default(), method) {
         ("Content", "Write") | ("Streaming", "Stream") => "bidi_stream",
@@ -202,11 +269,11 @@ fn rpc(path: &str) -> Rpc {
         ("RuntimeService" | "ImageService", m) if m.starts_with("Stream") => "server_stream",
         _ => "unary",
     };
-    Rpc {
+    Some(Rpc {
         grpc_type,
         grpc_service: service.to_owned(),
         grpc_method: method.to_owned(),
-    }
+    })
 }
 
 fn code_name(code: Code) -> &'static str {
@@ -239,8 +306,10 @@ mod tests {
     fn an_rpc_is_counted_by_service_method_and_code() {
         let metrics = Metrics::new(true);
         let path = "/containerd.services.version.v1.Version/Version";
-        metrics.started(path);
-        metrics.handled(path, Code::NotFound, Duration::from_millis(7));
+        metrics.method(path).started();
+        let took = Duration::from_millis(7);
+        metrics.method(path).handled(Code::NotFound, took);
+        metrics.method(path).handled(Code::Ok, took);
         let text = metrics.text("").unwrap();
         assert!(text.contains(
             "grpc_server_handled_total{grpc_type=\"unary\",grpc_service=\"containerd.services.version.v1.Version\",grpc_method=\"Version\",grpc_code=\"NotFound\"} 1"
@@ -253,7 +322,7 @@ mod tests {
     fn paths_of_strangers_share_one_label() {
         let metrics = Metrics::new(false);
         for i in 0..10 {
-            metrics.started(&format!("/evil{i}/x{i}"));
+            metrics.method(&format!("/evil{i}/x{i}")).started();
         }
         assert!(
             metrics
@@ -261,5 +330,10 @@ mod tests {
                 .unwrap()
                 .contains("grpc_service=\"unknown\",grpc_method=\"unknown\"} 10")
         );
+        for i in 0..2 * MAX_METHODS {
+            metrics.method(&format!("/containerd.evil/x{i}")).started();
+        }
+        let text = metrics.text("").unwrap();
+        assert!(text.lines().count() < MAX_METHODS + 100);
     }
 }

@@ -1,5 +1,7 @@
 //! Listeners and what surrounds every request: sockets, gRPC, ttrpc, HTTP for metrics and debug.
 
+mod connection;
+mod deadline;
 pub(crate) mod debug;
 pub(crate) mod grpc;
 pub(crate) mod http;

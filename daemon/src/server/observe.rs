@@ -16,7 +16,8 @@ use tonic::body::Body;
 use tower::{Layer, Service};
 use tracing::{Instrument, debug};
 
-use super::metrics::Metrics;
+use super::deadline;
+use super::metrics::{Method, Metrics};
 use crate::services::scope::NAMESPACE_HEADER;
 
 /// RPCs in flight, by an id that grows.
@@ -122,8 +123,10 @@ pub(crate) struct Observed<S> {
 
 type Answer = Pin<Box<dyn Future<Output = Result<http::Response<Body>, Infallible>> + Send>>;
 
-impl<S> Service<http::Request<Body>> for Observed<S>
+impl<S, B> Service<http::Request<B>> for Observed<S>
 where
+    B: HttpBody<Data = bytes::Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
     S::Future: Send + 'static,
 {
@@ -135,7 +138,7 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: http::Request<Body>) -> Answer {
+    fn call(&mut self, request: http::Request<B>) -> Answer {
         let rpc: Arc<str> = request.uri().path().into();
         let namespace = request
             .headers()
@@ -144,23 +147,24 @@ where
             .unwrap_or_default()
             .to_owned();
         let span = tracing::debug_span!("rpc", rpc = %rpc, namespace = %namespace);
+        let method = self.observe.metrics.method(&rpc);
+        method.started();
         let mut record = Record {
             _entered: self.observe.in_flight.enter(Call {
-                rpc: Arc::clone(&rpc),
+                rpc,
                 namespace,
                 since: SystemTime::now(),
             }),
-            metrics: self.observe.metrics.clone(),
-            rpc,
+            method,
             begun: Instant::now(),
             done: false,
             span: span.clone(),
         };
-        record.metrics.started(&record.rpc);
-        let answer = self.inner.call(request);
+        let limit = deadline::of(request.headers());
+        let answer = self.inner.call(request.map(Body::new));
         Box::pin(
             async move {
-                let mut response = answer.await?;
+                let mut response = deadline::keep(limit, answer).await?;
                 name_as_clients_know(response.headers_mut());
                 // A refusal has its code in the headers and no body to watch.
                 if let Some(code) = response.headers().get("grpc-status") {
@@ -177,8 +181,7 @@ where
 #[derive(Debug)]
 struct Record {
     _entered: Entered,
-    metrics: Metrics,
-    rpc: Arc<str>,
+    method: Arc<Method>,
     begun: Instant,
     done: bool,
     span: tracing::Span,
@@ -190,7 +193,7 @@ impl Record {
             return;
         }
         let latency = self.begun.elapsed();
-        self.metrics.handled(&self.rpc, code, latency);
+        self.method.handled(code, latency);
         let _in_span = self.span.enter();
         debug!(
             code = ?code,

@@ -1,6 +1,8 @@
 //! What the benchmarks print: medians with spread, and ratios to the first contender.
 #![allow(dead_code, reason = "each benchmark uses what it needs")]
 
+pub(crate) mod lean;
+
 use std::fs;
 use std::time::Instant;
 

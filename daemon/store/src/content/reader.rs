@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use rustix::io::ReadWriteFlags;
 
 use crate::Error;
 
@@ -81,6 +82,24 @@ impl BlobReader {
                     })
             }
         }
+    }
+
+    /// Fills `buffer` from `offset`, inside the blob, if that takes no waiting for a disk. False when
+    /// it may: the buffer then holds nothing of use.
+    pub fn read_cached(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        let Source::File(file, _) = &self.source else {
+            return false;
+        };
+        let mut done = 0;
+        while done < buffer.len() {
+            let slices = &mut [io::IoSliceMut::new(&mut buffer[done..])];
+            let at = offset + done as u64;
+            match rustix::io::preadv2(file, slices, at, ReadWriteFlags::NOWAIT) {
+                Ok(0) | Err(_) => return false,
+                Ok(count) => done += count,
+            }
+        }
+        true
     }
 
     /// A blocking reader of the whole, for code on a blocking thread.

@@ -12,6 +12,10 @@ use lighter_store::metadata::{self, Db};
 use lighter_store::{Digest, Scope};
 use tonic::{Request, Response, Status, Streaming};
 
+mod read;
+
+use self::read::Range;
+pub(crate) use self::read::Reads;
 use super::scope::scope_of;
 use super::wire::{
     bytes, count, digest, filter, invalid, labels, optional_digest, paths, required, unordered,
@@ -20,9 +24,7 @@ use super::wire::{
 /// Records in one message of a list.
 const PAGE: usize = 100;
 /// Bytes in one message of a read.
-const CHUNK_BYTES: u64 = 1 << 20;
-/// Chunks of a read that are under way at a time.
-const READ_AHEAD: usize = 3;
+const CHUNK_BYTES: usize = 1 << 20;
 
 /// Blobs over gRPC.
 #[derive(Debug, Clone)]
@@ -34,6 +36,31 @@ impl ContentService {
     /// Over the blobs of `db`.
     pub(crate) fn new(db: Db) -> Self {
         Self { db }
+    }
+}
+
+impl ContentService {
+    /// Opens what a request wants to read, and works out which bytes of it.
+    async fn open(&self, request: &Request<wire::ReadContentRequest>) -> Result<Range, Status> {
+        let scope = scope_of(request)?;
+        let r = request.get_ref();
+        let digest = digest(&r.digest)?;
+        let reader = self.db.content().reader(&scope, &digest).await;
+        let reader = reader.map_err(into_status)?;
+        let start = u64::try_from(r.offset).unwrap_or(0);
+        let size = reader.size_bytes();
+        if start > size {
+            return Err(into_status(WireError::new(
+                ErrorKind::OutOfRange,
+                format!("read past object length {size} bytes, offset {start}"),
+            )));
+        }
+        let wanted = u64::try_from(r.size).unwrap_or(0);
+        let end = match wanted {
+            0 => size,
+            wanted => start.saturating_add(wanted).min(size),
+        };
+        Ok(Range { reader, start, end })
     }
 }
 
@@ -120,47 +147,26 @@ impl Content for ContentService {
 
     type ReadStream = BoxStream<'static, Result<wire::ReadContentResponse, Status>>;
 
-    /// Offsets of the answer count from 0 of this read.
+    /// Offsets of the answer count from 0 of this read. Served by [`read::Reads`] for whoever comes
+    /// over HTTP/2.
     async fn read(
         &self,
         request: Request<wire::ReadContentRequest>,
     ) -> Result<Response<Self::ReadStream>, Status> {
-        let scope = scope_of(&request)?;
-        let r = request.get_ref();
-        let digest = digest(&r.digest)?;
-        let reader = self.db.content().reader(&scope, &digest).await;
-        let reader = reader.map_err(into_status)?;
-        let start = u64::try_from(r.offset).unwrap_or(0);
-        let size = reader.size_bytes();
-        if start > size {
-            return Err(into_status(WireError::new(
-                ErrorKind::OutOfRange,
-                format!("read past object length {size} bytes, offset {start}"),
-            )));
-        }
-        let wanted = u64::try_from(r.size).unwrap_or(0);
-        let end = match wanted {
-            0 => size,
-            wanted => start.saturating_add(wanted).min(size),
-        };
-        let chunks = stream::unfold(start, move |at| async move {
-            (at < end)
-                .then(|| (at, at + CHUNK_BYTES.min(end - at)))
-                .map(|(at, next)| ((at, next - at), next))
-        });
-        let messages = chunks
-            .map(move |(at, length)| {
-                let reader = reader.clone();
-                async move {
-                    let length = usize::try_from(length).unwrap_or(usize::MAX);
-                    let data = reader.read_at(at, length).await.map_err(into_status)?;
-                    Ok(wire::ReadContentResponse {
-                        offset: count(at - start),
-                        data,
-                    })
+        let Range { reader, start, end } = self.open(&request).await?;
+        let messages = stream::try_unfold(start, move |at| {
+            let reader = reader.clone();
+            async move {
+                if at >= end {
+                    return Ok(None);
                 }
-            })
-            .buffered(READ_AHEAD);
+                let length = usize::try_from(end - at).unwrap_or(usize::MAX);
+                let length = length.min(CHUNK_BYTES);
+                let data = reader.read_at(at, length).await.map_err(into_status)?;
+                let (offset, next) = (count(at - start), at + data.len() as u64);
+                Ok(Some((wire::ReadContentResponse { offset, data }, next)))
+            }
+        });
         Ok(Response::new(messages.boxed()))
     }
 
