@@ -3,9 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use prost::Message;
+use prost_types::FileDescriptorSet;
 
 /// Folders below the crate root that hold `.proto` files, one per family of APIs.
 const FAMILIES: [&str; 5] = ["containerd", "cri", "lighter", "nri", "runtime"];
+
+/// Packages whose messages CRI writes as JSON.
+const CRI_PACKAGES: [&str; 2] = ["runtime.v1", "containerd.runc.v1"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?);
@@ -17,7 +21,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     files.sort();
     let descriptors = protox::compile(&files, [&root])?;
-    std::fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    let all = without_sources(descriptors.clone());
+    std::fs::write(out.join("descriptors.bin"), all.encode_to_vec())?;
+    let cri = with_imports(all, &CRI_PACKAGES);
+    std::fs::write(out.join("cri-descriptors.bin"), cri.encode_to_vec())?;
     let mut config = tonic_prost_build::Config::new();
     config.enable_type_names();
     tonic_prost_build::configure()
@@ -27,6 +34,41 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .include_file("modules.rs")
         .compile_fds_with_config(descriptors, config)?;
     Ok(())
+}
+
+/// Descriptors alone: comments and positions are most of what they take.
+fn without_sources(mut set: FileDescriptorSet) -> FileDescriptorSet {
+    for file in &mut set.file {
+        file.source_code_info = None;
+    }
+    set
+}
+
+/// The files of `packages` and what they import.
+fn with_imports(set: FileDescriptorSet, packages: &[&str]) -> FileDescriptorSet {
+    let mut wanted: Vec<String> = set
+        .file
+        .iter()
+        .filter(|file| packages.contains(&file.package()))
+        .map(|file| file.name().to_owned())
+        .collect();
+    let mut next = 0;
+    while let Some(name) = wanted.get(next).cloned() {
+        next += 1;
+        let imports = set.file.iter().filter(|file| file.name() == name);
+        for import in imports.flat_map(|file| &file.dependency) {
+            if !wanted.contains(import) {
+                wanted.push(import.clone());
+            }
+        }
+    }
+    FileDescriptorSet {
+        file: set
+            .file
+            .into_iter()
+            .filter(|file| wanted.iter().any(|name| name == file.name()))
+            .collect(),
+    }
 }
 
 fn collect(dir: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {

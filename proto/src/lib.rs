@@ -23,6 +23,10 @@ pub use generated::*;
 /// The compiled descriptor set of every `.proto` file of this crate, for reflection and tests.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
+/// The part of [`FILE_DESCRIPTOR_SET`] that CRI's messages need.
+pub const CRI_DESCRIPTOR_SET: &[u8] =
+    include_bytes!(concat!(env!("OUT_DIR"), "/cri-descriptors.bin"));
+
 pub mod any;
 pub mod errdefs;
 pub mod time;

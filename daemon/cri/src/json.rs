@@ -21,7 +21,7 @@ impl Json {
     /// # Errors
     /// Never, unless the build is broken.
     pub fn new() -> Result<Self> {
-        let pool = DescriptorPool::decode(lighter_proto::FILE_DESCRIPTOR_SET)
+        let pool = DescriptorPool::decode(lighter_proto::CRI_DESCRIPTOR_SET)
             .map_err(|e| Error::unknown(format!("own descriptors: {e}")))?;
         Ok(Self { pool })
     }
