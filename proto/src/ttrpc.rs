@@ -4,8 +4,10 @@
 //! requests and responses are carried here as encoded prost messages.
 
 use std::collections::HashMap;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::marker::PhantomData;
+use std::sync::{Mutex, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 use ::ttrpc::asynchronous::{Client, MethodHandler, TtrpcContext};
@@ -42,13 +44,28 @@ pub async fn call<Req: Message, Res: Message + Default>(
         pair.value = namespace.to_owned();
         wire.metadata.push(pair);
     }
-    let response = client.request(wire).await?;
+    let response = in_order(client.request(wire)).await?;
     Res::decode(response.payload.as_slice()).map_err(|e| {
         WireError::new(
             crate::errdefs::ErrorKind::Internal,
             format!("{service}/{method}: {e}"),
         )
     })
+}
+
+/// Polls a request the first time alone: that is when it gets its number and its place in the queue
+/// of its connection. Servers in Go refuse a number that is lower than one they have seen.
+async fn in_order<F: Future>(request: F) -> F::Output {
+    static ORDER: Mutex<()> = Mutex::new(());
+    let mut request = std::pin::pin!(request);
+    let first = poll_fn(|context| {
+        let _alone = ORDER.lock().unwrap_or_else(PoisonError::into_inner);
+        Poll::Ready(request.as_mut().poll(context))
+    });
+    match first.await {
+        Poll::Ready(output) => output,
+        Poll::Pending => request.await,
+    }
 }
 
 /// A unary method served by an async function.
@@ -141,5 +158,47 @@ pub fn service(methods: Methods) -> ::ttrpc::asynchronous::Service {
     ::ttrpc::asynchronous::Service {
         methods,
         streams: HashMap::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    /// Numbers reach the peer in order, however many callers there are.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn concurrent_requests_are_numbered_in_the_order_they_are_sent() {
+        const CALLERS: usize = 64;
+        const CALLS: usize = 100;
+        let (ours, mut theirs) = tokio::net::UnixStream::pair().unwrap();
+        let client = Client::new(ours.into());
+        let mut callers = tokio::task::JoinSet::new();
+        for _ in 0..CALLERS {
+            let client = client.clone();
+            callers.spawn(async move {
+                for _ in 0..CALLS {
+                    let done = call::<(), ()>(&client, "s", "m", "", &(), None).await;
+                    done.unwrap();
+                }
+            });
+        }
+        let mut last = 0;
+        for _ in 0..CALLERS * CALLS {
+            // Length, number, kind, flags; then the request.
+            let length = theirs.read_u32().await.unwrap();
+            let number = theirs.read_u32().await.unwrap();
+            let mut rest = vec![0; usize::try_from(length).unwrap() + 2];
+            theirs.read_exact(&mut rest).await.unwrap();
+            assert!(number > last, "{number} after {last}");
+            last = number;
+            // An empty response.
+            theirs.write_u32(0).await.unwrap();
+            theirs.write_u32(number).await.unwrap();
+            theirs.write_all(&[2, 0]).await.unwrap();
+        }
+        while let Some(done) = callers.join_next().await {
+            done.unwrap();
+        }
     }
 }
