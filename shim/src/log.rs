@@ -15,8 +15,6 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-use crate::io::timestamp;
-
 /// Longest line; one write of at most this many bytes to a pipe is atomic.
 const MAX_LINE_BYTES: usize = 4096;
 
@@ -74,7 +72,7 @@ impl Subscriber for Log {
         };
         let mut fields = Fields::default();
         event.record(&mut fields);
-        let now = timestamp::Rfc3339::of(SystemTime::now());
+        let now = lighter_floor::timestamp::Rfc3339::of(SystemTime::now());
         let mut line = String::new();
         let _ = write!(
             line,

@@ -1,5 +1,7 @@
 //! The spec of a container about which nothing was said: upstream's defaults.
 
+use lighter_floor::capabilities::DEFAULT as CAPABILITIES;
+
 use super::model::{
     Capabilities, DeviceRule, Linux, Mount, Namespace, Process, Resources, Rlimit, Root, Spec,
 };
@@ -8,24 +10,6 @@ use super::model::{
 const OCI_VERSION: &str = "1.1.0";
 /// Open files, soft and hard.
 const NOFILE: u64 = 1024;
-
-/// Capabilities of an unprivileged container.
-const CAPABILITIES: [&str; 14] = [
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_FSETID",
-    "CAP_FOWNER",
-    "CAP_MKNOD",
-    "CAP_NET_RAW",
-    "CAP_SETGID",
-    "CAP_SETUID",
-    "CAP_SETFCAP",
-    "CAP_SETPCAP",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_SYS_CHROOT",
-    "CAP_KILL",
-    "CAP_AUDIT_WRITE",
-];
 
 /// Every capability Linux has, in numeric order.
 pub(super) const ALL_CAPABILITIES: [&str; 41] = [

@@ -19,7 +19,6 @@ pub(crate) mod cri_log;
 pub(crate) mod fifo;
 pub(crate) mod logger;
 pub(crate) mod pipe;
-pub(crate) mod timestamp;
 pub(crate) mod uri;
 
 use std::fs::File;

@@ -2,13 +2,12 @@
 
 use std::path::PathBuf;
 
+use lighter_floor::cri_log::line_limit;
+
 use crate::error::{Error, Result};
 
 /// Longest line of a CRI log before it is cut, when the URI does not say.
 pub(crate) const DEFAULT_LOG_LIMIT: usize = 16 * 1024;
-/// Longest line kept in memory when the URI says there is no limit.
-pub(crate) const MAX_LOG_LIMIT: usize = 256 * 1024;
-
 /// Where a stream goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Target {
@@ -82,11 +81,10 @@ pub(crate) fn parse(uri: &str) -> Result<Target> {
                     "max" => {
                         let max: i64 =
                             value.parse().map_err(|_| bad(uri, "max is not a number"))?;
-                        limit = match usize::try_from(max) {
-                            Ok(0) => return Err(bad(uri, "max must not be 0")),
-                            Ok(max) => max.min(MAX_LOG_LIMIT),
-                            Err(_) => MAX_LOG_LIMIT,
-                        };
+                        if max == 0 {
+                            return Err(bad(uri, "max must not be 0"));
+                        }
+                        limit = line_limit(max);
                     }
                     "tee" => tee = Some(PathBuf::from(value)),
                     // Which stream it is, is known from the field that carries the URI.
@@ -164,7 +162,7 @@ mod tests {
             parse("cri-log:///l/0.log?stream=stderr&max=-1&tee=/run/f").unwrap(),
             Target::CriLog {
                 path: "/l/0.log".into(),
-                limit: MAX_LOG_LIMIT,
+                limit: lighter_floor::cri_log::MAX_LINE_BYTES,
                 tee: Some("/run/f".into())
             }
         );

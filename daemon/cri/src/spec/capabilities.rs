@@ -2,25 +2,8 @@
 
 use std::collections::BTreeSet;
 
+pub use lighter_floor::capabilities::DEFAULT;
 use serde_json::{Value, json};
-
-/// What a container has unless it asks otherwise.
-pub const DEFAULT: [&str; 14] = [
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_FSETID",
-    "CAP_FOWNER",
-    "CAP_MKNOD",
-    "CAP_NET_RAW",
-    "CAP_SETGID",
-    "CAP_SETUID",
-    "CAP_SETFCAP",
-    "CAP_SETPCAP",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_SYS_CHROOT",
-    "CAP_KILL",
-    "CAP_AUDIT_WRITE",
-];
 
 /// What this daemon itself may do: a privileged container gets no more.
 #[must_use]

@@ -4,11 +4,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// `2006-01-02T15:04:05.000000000Z`, 30 bytes.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rfc3339([u8; 30]);
+pub struct Rfc3339([u8; 30]);
 
 impl Rfc3339 {
     /// The stamp of a time; times before 1970 read as 1970.
-    pub(crate) fn of(time: SystemTime) -> Self {
+    pub fn of(time: SystemTime) -> Self {
         let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
         let seconds = since.as_secs();
         let (days, rest) = (seconds / 86_400, seconds % 86_400);
@@ -25,12 +25,12 @@ impl Rfc3339 {
     }
 
     /// The stamp as bytes.
-    pub(crate) fn as_bytes(&self) -> &[u8] {
+    pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
     /// The stamp as text.
-    pub(crate) fn as_str(&self) -> &str {
+    pub fn as_str(&self) -> &str {
         std::str::from_utf8(&self.0).expect("digits and punctuation")
     }
 }
