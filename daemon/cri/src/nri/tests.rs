@@ -1,17 +1,27 @@
 //! Plugins written here, over a real socket, and everything that joining and applying does.
 
 use std::collections::HashMap;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::sync::Mutex;
 
-use lighter_proto::errdefs::ErrorKind;
+use lighter_proto::errdefs::{ErrorKind, ttrpc_status};
 use lighter_proto::nri::pkg::api::v1alpha1::{
-    CdiDevice, ConfigureRequest, ConfigureResponse, Hook, Hooks, KeyValue,
-    LinuxContainerAdjustment, LinuxContainerUpdate, LinuxCpu, LinuxDevice, LinuxMemory,
-    LinuxNamespace, Mount, OptionalInt64, OptionalUInt64, PosixRlimit, StateChangeEvent,
-    SynchronizeRequest, SynchronizeResponse,
+    CdiDevice, ConfigureRequest, ConfigureResponse, CreateContainerRequest,
+    CreateContainerResponse, Empty, Event, Hook, Hooks, KeyValue, LinuxContainerAdjustment,
+    LinuxContainerUpdate, LinuxCpu, LinuxDevice, LinuxMemory, LinuxNamespace, Mount, OptionalInt64,
+    OptionalUInt64, PosixRlimit, RegisterPluginRequest, RemoveContainerRequest,
+    RunPodSandboxRequest, StateChangeEvent, SynchronizeRequest, SynchronizeResponse,
+    UpdateContainerRequest, UpdateContainerResponse, UpdateContainersRequest,
+    UpdateContainersResponse, ValidateContainerAdjustmentRequest,
+    ValidateContainerAdjustmentResponse,
 };
 use serde_json::{Value, json};
+use tokio::net::UnixStream;
+use ttrpc::asynchronous::transport::{Listener, Socket};
+use ttrpc::asynchronous::{Client, Server};
 
+use super::connect::RUNTIME_SERVICE;
 use super::*;
 
 /// A runtime with a few objects, which records what it is asked to do.
