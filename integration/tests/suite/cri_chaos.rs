@@ -1,11 +1,13 @@
 //! CRI: the daemon is killed again and again while pods are made and removed; clients that repeat
 //! what failed get where they want, and nothing is left over.
 //!
-//! `LIGHTER_CHAOS_PODS` and `LIGHTER_CHAOS_KILLS` scale it up from what a test run can afford.
+//! `LIGHTER_CHAOS_PODS`, `LIGHTER_CHAOS_KILLS` and `LIGHTER_CHAOS_PAUSE` (the shortest time between
+//! a start of the daemon and its next death, in milliseconds) scale it up from what a test run can
+//! afford.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use lighter_integration::Result;
@@ -14,8 +16,8 @@ use lighter_proto::runtime::v1 as api;
 
 /// Containers in each pod.
 const CONTAINERS: usize = 3;
-/// Tries of one step before it counts as one that never works.
-const TRIES: u32 = 200;
+/// How long one step is tried before it counts as one that never works: many lives of the daemon.
+const LIMIT: Duration = Duration::from_secs(300);
 /// Pause between two tries.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Longest wait for one answer.
@@ -33,6 +35,11 @@ struct Worker {
     containers: Vec<api::ContainerConfig>,
 }
 
+fn is_away(error: &anyhow::Error) -> bool {
+    let status = error.downcast_ref::<tonic::Status>();
+    status.is_some_and(|s| s.code() == tonic::Code::Unavailable)
+}
+
 /// Tries `step` until it works; a daemon that is away or has just come back refuses.
 async fn again<T>(
     address: &Path,
@@ -40,18 +47,21 @@ async fn again<T>(
     mut step: impl AsyncFnMut(&Cri) -> Result<Option<T>>,
 ) -> Result<T> {
     let mut last = None;
-    for _ in 0..TRIES {
+    let begun = Instant::now();
+    while begun.elapsed() < LIMIT {
         if let Ok(cri) = Cri::connect(address).await {
             match tokio::time::timeout(PATIENCE, step(&cri)).await {
                 Ok(Ok(Some(done))) => return Ok(done),
                 Ok(Ok(None)) => {}
+                // Of a daemon that is away nothing is learnt.
+                Ok(Err(error)) if last.is_some() && is_away(&error) => {}
                 Ok(Err(error)) => last = Some(error.to_string()),
                 Err(_) => anyhow::bail!("{what}: a call hangs"),
             }
         }
         tokio::time::sleep(PAUSE).await;
     }
-    anyhow::bail!("{what} never works: {last:?}")
+    anyhow::bail!("{what} never works; at last: {last:?}")
 }
 
 impl Worker {
@@ -141,10 +151,13 @@ async fn pods_converge_while_the_daemon_is_killed() -> Result {
     };
     let workers: Vec<_> = (0..scale("LIGHTER_CHAOS_PODS", 3)).map(worker).collect();
     let living = futures::future::join_all(workers.iter().map(|w| w.live(&stop)));
+    let pause = u32::try_from(scale("LIGHTER_CHAOS_PAUSE", 700))?;
     let killing = async {
         for _ in 0..scale("LIGHTER_CHAOS_KILLS", 5) {
-            let pause = 700 + u64::from(rand::random::<u8>()) * 8;
-            tokio::time::sleep(Duration::from_millis(pause)).await;
+            // As long again at random, and half of that.
+            let random = 1.0 + f64::from(rand::random::<u8>()) / 170.0;
+            let pause = Duration::from_millis(pause.into());
+            tokio::time::sleep(pause.mul_f64(random)).await;
             node.daemon.kill()?;
             node.boot().await?;
         }
