@@ -115,7 +115,7 @@ impl Plugin {
             let running = status.state == ContainerState::ContainerRunning;
             let pid = if running { status.pid } else { 0 };
             let handler = handlers.entry(&container.pod_id).or_insert_with(|| {
-                let pod = self.store.find_pod(&container.pod_id).ok().flatten();
+                let pod = self.store.pods.find(&container.pod_id).ok().flatten();
                 pod.map(|p| p.handler.clone()).unwrap_or_default()
             });
             sources.push((
@@ -170,8 +170,8 @@ impl Plugin {
     }
 
     async fn sample_once(&self) {
-        let containers = self.store.containers();
-        let pods = self.store.pods();
+        let containers = self.store.all_containers();
+        let pods = self.store.visible_pods();
         let ids = containers.iter().map(|c| c.id.clone());
         let ids: HashSet<String> = ids.chain(pods.iter().map(|p| p.id.clone())).collect();
         self.stats.keep(&ids);
@@ -182,7 +182,7 @@ impl Plugin {
             let sample = self.measure_pod(pod, Detail::Cpu).await;
             self.note(&pod.id, sample.as_ref());
         }
-        for container in self.store.containers() {
+        for container in self.store.all_containers() {
             if self.stats.layer(&container.id).is_some() && self.stats.layer_is_due(&container.id) {
                 self.measure_layer(&container).await;
             }
@@ -223,7 +223,7 @@ impl Plugin {
     /// Statistics of one container that runs.
     pub(super) async fn container_stats(self: &Arc<Self>, id: &str) -> Result<api::ContainerStats> {
         self.stats.ask();
-        let container = self.store.container(id)?;
+        let container = self.store.containers.get(id)?;
         let measured = self.measure(vec![container], Detail::Usage).await;
         match measured.into_iter().next() {
             Some(measured) if measured.sample.is_some() => {
@@ -249,7 +249,7 @@ impl Plugin {
         };
         let containers = self
             .store
-            .containers()
+            .all_containers()
             .into_iter()
             .filter(matches)
             .collect();
@@ -263,7 +263,7 @@ impl Plugin {
     /// Statistics of one pod that is ready.
     pub(super) async fn pod_stats(self: &Arc<Self>, id: &str) -> Result<api::PodSandboxStats> {
         self.stats.ask();
-        let pod = self.store.pod(id)?;
+        let pod = self.store.pods.get(id)?;
         if !pod.is_ready() {
             return Err(Error::new(
                 ErrorKind::Unavailable,
@@ -285,7 +285,7 @@ impl Plugin {
         self.stats.ask();
         let filter = filter.unwrap_or_default();
         let mut stats = Vec::new();
-        for pod in self.store.pods() {
+        for pod in self.store.visible_pods() {
             if pod.is_ready()
                 && pod.id.starts_with(&filter.id)
                 && super::encode::selected(&pod.config.labels, &filter.label_selector)
