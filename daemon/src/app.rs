@@ -245,6 +245,7 @@ impl App {
         let unix = listen::unix(&config.grpc).await?;
         let events = listen::unix(&config.ttrpc).await?;
         tasks.recover();
+        let measured_cri = cri.measured();
         cri.recover(&tracker);
         let shims = ttrpc::serve(events, tasks.clone()).await?;
         if let Some(tcp) = &config.tcp {
@@ -263,6 +264,7 @@ impl App {
         let pages = metrics_pages(
             metrics.clone(),
             measured.then(|| (tasks.clone(), db.containers())),
+            measured_cri,
         );
         if let Some(address) = &config.metrics {
             let listener = listen::tcp(address).await?;
@@ -471,19 +473,26 @@ fn debug_socket(config: &Config) -> Option<Socket> {
     }
 }
 
-/// The metrics; those of tasks too where `tasks` are given.
-fn metrics_pages(metrics: Metrics, tasks: Option<(Manager, Containers)>) -> http::Pages {
+/// The metrics; those of tasks and of CRI too where they are given.
+fn metrics_pages(
+    metrics: Metrics,
+    tasks: Option<(Manager, Containers)>,
+    cri: Option<Arc<lighter_cri::plugin::Plugin>>,
+) -> http::Pages {
     Arc::new(move |path| {
         let known = matches!(path, "/v1/metrics" | "/metrics");
-        let (metrics, tasks) = (metrics.clone(), tasks.clone());
+        let (metrics, tasks, cri) = (metrics.clone(), tasks.clone(), cri.clone());
         Box::pin(async move {
             if !known {
                 return None;
             }
-            let more = match &tasks {
+            let mut more = match &tasks {
                 Some((tasks, containers)) => task_metrics::text(tasks, containers).await,
                 None => String::new(),
             };
+            if let Some(cri) = &cri {
+                more.push_str(&cri.metrics_page());
+            }
             let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             metrics.text(&more).ok().map(|text| (kind, text))
         })

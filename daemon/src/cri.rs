@@ -47,6 +47,11 @@ impl Cri {
         self.plugin.as_ref().map(|_| Arc::clone(&self.gate))
     }
 
+    /// The plugin for the metrics page; `None` where it is off.
+    pub(crate) fn measured(&self) -> Option<Arc<plugin::Plugin>> {
+        self.plugin.clone()
+    }
+
     /// Finds what earlier runs left, then serves: tasks must be on the books before.
     pub(crate) fn recover(self, tracker: &TaskTracker) {
         let Some(plugin) = self.plugin else { return };

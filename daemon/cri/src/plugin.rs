@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use lighter_engine::gc::Collector;
 use lighter_engine::runtime::Manager;
@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::image::Images;
 use crate::json::Json;
 use crate::nri;
-use crate::runtime::{Backend, Backlog, History, Hooks};
+use crate::runtime::{Backend, Backlog, History, Hooks, Outputs, Timers};
 use crate::spec;
 use crate::spec::resources::Machine;
 use crate::store::Store;
@@ -166,6 +166,17 @@ pub(crate) async fn owned<T: Send + 'static>(
     done.map(Response::new).map_err(into_status)
 }
 
+/// What images take of a disk.
+#[derive(Debug, Clone)]
+pub(crate) struct ImageFilesystem {
+    /// Directory of the snapshotter.
+    pub(crate) root: String,
+    /// What snapshots and blobs take.
+    pub(crate) usage: Usage,
+    /// When it was measured.
+    pub(crate) at: SystemTime,
+}
+
 /// The plugin.
 #[derive(Debug)]
 pub struct Plugin {
@@ -187,8 +198,13 @@ pub struct Plugin {
     pub(crate) volumes: tokio::sync::Mutex<()>,
     /// Specs that handlers start from in place of the default.
     bases: HashMap<String, Value>,
+    /// Accounts of images.
+    pub(crate) tables: spec::user::Known,
     pub(crate) json: Json,
     pub(crate) stats: History,
+    pub(crate) timers: Timers,
+    /// Output that the daemon reads, because its shim does not write logs.
+    pub(crate) outputs: Outputs,
     pub(crate) hooks: Hooks,
     /// `None` when CDI is off.
     pub(crate) cdi: Option<Arc<cdi::Registry>>,
@@ -200,6 +216,8 @@ pub struct Plugin {
     pub(crate) events: Backlog,
     /// What handlers offer, once somebody asked.
     pub(crate) features: tokio::sync::OnceCell<BTreeMap<String, RuntimeHandlerFeatures>>,
+    /// The last measure of the images, when it was taken and of which images.
+    image_filesystem: tokio::sync::Mutex<Option<(u64, Instant, ImageFilesystem)>>,
     /// Held by whoever makes the pause image.
     pub(crate) pause_made: tokio::sync::Mutex<()>,
     pub(crate) version: String,
@@ -293,8 +311,11 @@ impl Plugin {
             own_cni,
             volumes: tokio::sync::Mutex::default(),
             bases,
+            tables: spec::user::Known::default(),
             json: Json::new()?,
             stats,
+            timers: Timers::default(),
+            outputs: Outputs::default(),
             hooks: Hooks::default(),
             cdi,
             nri: parts.nri,
@@ -303,6 +324,7 @@ impl Plugin {
             stop: parts.stop,
             events: Backlog::default(),
             features: tokio::sync::OnceCell::new(),
+            image_filesystem: tokio::sync::Mutex::default(),
             pause_made: tokio::sync::Mutex::default(),
             version: parts.version,
         });
@@ -365,12 +387,9 @@ impl Plugin {
 
     /// The networks of a handler's pods.
     pub(crate) fn cni_of(&self, handler: &str) -> &Cni {
-        let name = if handler.is_empty() {
-            &self.config.runtime.containerd.default_runtime_name
-        } else {
-            handler
-        };
-        self.own_cni.get(name).unwrap_or(&self.cni)
+        self.own_cni
+            .get(self.handler_name(handler))
+            .unwrap_or(&self.cni)
     }
 
     /// The runtime handler of a name; empty for the default.
@@ -378,26 +397,31 @@ impl Plugin {
     /// # Errors
     /// For a handler that is not configured.
     pub(crate) fn handler(&self, name: &str) -> Result<&config::Handler> {
-        let runtimes = &self.config.runtime.containerd;
-        let name = if name.is_empty() {
-            &runtimes.default_runtime_name
-        } else {
-            name
-        };
+        let name = self.handler_name(name);
+        let runtimes = &self.config.runtime.containerd.runtimes;
         runtimes
-            .runtimes
             .get(name)
             .ok_or_else(|| Error::unknown(format!("no runtime for {name:?} is configured")))
     }
 
-    /// What specs of a runtime handler start from.
-    pub(crate) fn base_spec(&self, name: &str) -> Value {
-        let name = if name.is_empty() {
+    /// The name of a runtime handler; empty for the default.
+    fn handler_name<'a>(&'a self, name: &'a str) -> &'a str {
+        if name.is_empty() {
             &self.config.runtime.containerd.default_runtime_name
         } else {
             name
-        };
-        self.bases.get(name).cloned().unwrap_or_else(spec::base)
+        }
+    }
+
+    /// What specs of a runtime handler start from.
+    pub(crate) fn base_spec(&self, name: &str) -> Value {
+        let configured = self.bases.get(self.handler_name(name));
+        configured.cloned().unwrap_or_else(spec::base)
+    }
+
+    /// Whether specs of a runtime handler start from a file.
+    pub(crate) fn has_base_spec(&self, name: &str) -> bool {
+        self.bases.contains_key(self.handler_name(name))
     }
 
     /// The snapshotter of a runtime handler.
@@ -414,13 +438,32 @@ impl Plugin {
         if let Err(error) = self.collector.run_now().await {
             tracing::warn!(%error, "collection failed");
         }
+        self.images.changed();
     }
 
-    /// Root of the image snapshotter, and what its snapshots take.
+    /// Root of the image snapshotter, and what its snapshots take: measured anew once the last
+    /// measure is older than `stats_collect_period`, or an image came or went.
     ///
     /// # Errors
     /// When the snapshotter fails.
-    pub(crate) async fn image_filesystem(&self) -> Result<(String, Usage)> {
+    pub(crate) async fn image_filesystem(&self) -> Result<ImageFilesystem> {
+        let images = self.images.generation();
+        let longest = Duration::from_secs(self.config.images.stats_collect_period);
+        // Held while it measures: callers that come meanwhile want the same.
+        let mut last = self.image_filesystem.lock().await;
+        if let Some((generation, at, known)) = &*last
+            && *generation == images
+            && at.elapsed() < longest
+        {
+            return Ok(known.clone());
+        }
+        let found = self.measure_images().await?;
+        *last = Some((images, Instant::now(), found.clone()));
+        Ok(found)
+    }
+
+    async fn measure_images(&self) -> Result<ImageFilesystem> {
+        let at = SystemTime::now();
         let name = &self.config.images.snapshotter;
         let snapshots = self.db.snapshots(name)?;
         let root = snapshots.driver().root().map(|r| r.display().to_string());
@@ -437,7 +480,11 @@ impl Plugin {
             total.size_bytes += blob.size_bytes;
             total.inodes += 1;
         }
-        Ok((root.unwrap_or_default(), total))
+        Ok(ImageFilesystem {
+            root: root.unwrap_or_default(),
+            usage: total,
+            at,
+        })
     }
 
     /// The streaming server.

@@ -300,12 +300,104 @@ impl Container {
     }
 }
 
+/// Objects by id.
+#[derive(Debug)]
+pub struct Table<T> {
+    /// What they are called in errors.
+    what: &'static str,
+    objects: RwLock<HashMap<String, Arc<T>>>,
+}
+
+/// What a [`Table`] holds.
+pub trait Object {
+    /// Its id.
+    fn id(&self) -> &str;
+}
+
+impl Object for Pod {
+    fn id(&self) -> &str {
+        &self.id
+    }
+}
+
+impl Object for Container {
+    fn id(&self) -> &str {
+        &self.id
+    }
+}
+
+impl<T: Object> Table<T> {
+    fn new(what: &'static str) -> Self {
+        Self {
+            what,
+            objects: RwLock::default(),
+        }
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, HashMap<String, Arc<T>>> {
+        self.objects.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, HashMap<String, Arc<T>>> {
+        self.objects.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds an object.
+    pub fn add(&self, object: Arc<T>) {
+        self.write().insert(object.id().to_owned(), object);
+    }
+
+    /// Forgets an object.
+    pub fn remove(&self, id: &str) {
+        self.write().remove(id);
+    }
+
+    /// The object of an id or unambiguous prefix.
+    ///
+    /// # Errors
+    /// For an empty or ambiguous prefix.
+    pub fn find(&self, id: &str) -> Result<Option<Arc<T>>> {
+        unique(&self.read(), id)
+    }
+
+    /// [`Table::find`], which must exist.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn get(&self, id: &str) -> Result<Arc<T>> {
+        self.find(id)?.ok_or_else(|| {
+            let what = self.what;
+            Error::not_found(format!(
+                "an error occurred when try to find {what} {id:?}: not found"
+            ))
+        })
+    }
+
+    /// All for which `keep` holds.
+    pub fn select(&self, keep: impl Fn(&T) -> bool) -> Vec<Arc<T>> {
+        let objects = self.read();
+        objects.values().filter(|o| keep(o)).cloned().collect()
+    }
+}
+
 /// All pods and containers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Store {
-    pods: RwLock<HashMap<String, Arc<Pod>>>,
-    containers: RwLock<HashMap<String, Arc<Container>>>,
+    /// Pods, those that are being made included.
+    pub pods: Table<Pod>,
+    /// Containers.
+    pub containers: Table<Container>,
     names: Mutex<HashMap<String, String>>,
+}
+
+impl Default for Store {
+    fn default() -> Self {
+        Self {
+            pods: Table::new("sandbox"),
+            containers: Table::new("container"),
+            names: Mutex::default(),
+        }
+    }
 }
 
 /// A name held for an object that is being made; given back when dropped unless kept.
@@ -347,14 +439,6 @@ fn unique<T>(map: &HashMap<String, Arc<T>>, prefix: &str) -> Result<Option<Arc<T
             "multiple IDs found with provided prefix: {prefix}"
         ))),
     }
-}
-
-fn read<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
-    lock.read().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
-    lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Store {
@@ -405,90 +489,22 @@ impl Store {
             .or_insert_with(|| id.to_owned());
     }
 
-    /// Adds a pod.
-    pub fn add_pod(&self, pod: Arc<Pod>) {
-        write(&self.pods).insert(pod.id.clone(), pod);
-    }
-
-    /// Forgets a pod.
-    pub fn remove_pod(&self, id: &str) {
-        write(&self.pods).remove(id);
-    }
-
-    /// The pod of an id or unambiguous prefix.
-    ///
-    /// # Errors
-    /// For an empty or ambiguous prefix.
-    pub fn find_pod(&self, id: &str) -> Result<Option<Arc<Pod>>> {
-        unique(&read(&self.pods), id)
-    }
-
-    /// [`Store::find_pod`], which must exist.
-    ///
-    /// # Errors
-    /// `NotFound`.
-    pub fn pod(&self, id: &str) -> Result<Arc<Pod>> {
-        self.find_pod(id)?.ok_or_else(|| {
-            Error::not_found(format!(
-                "an error occurred when try to find sandbox {id:?}: not found"
-            ))
-        })
-    }
-
     /// All pods that lists show.
     #[must_use]
-    pub fn pods(&self) -> Vec<Arc<Pod>> {
-        read(&self.pods)
-            .values()
-            .filter(|p| p.state.borrow().visible)
-            .cloned()
-            .collect()
-    }
-
-    /// Adds a container.
-    pub fn add_container(&self, container: Arc<Container>) {
-        write(&self.containers).insert(container.id.clone(), container);
-    }
-
-    /// Forgets a container.
-    pub fn remove_container(&self, id: &str) {
-        write(&self.containers).remove(id);
-    }
-
-    /// The container of an id or unambiguous prefix.
-    ///
-    /// # Errors
-    /// For an empty or ambiguous prefix.
-    pub fn find_container(&self, id: &str) -> Result<Option<Arc<Container>>> {
-        unique(&read(&self.containers), id)
-    }
-
-    /// [`Store::find_container`], which must exist.
-    ///
-    /// # Errors
-    /// `NotFound`.
-    pub fn container(&self, id: &str) -> Result<Arc<Container>> {
-        self.find_container(id)?.ok_or_else(|| {
-            Error::not_found(format!(
-                "an error occurred when try to find container {id:?}: not found"
-            ))
-        })
+    pub fn visible_pods(&self) -> Vec<Arc<Pod>> {
+        self.pods.select(|pod| pod.state.borrow().visible)
     }
 
     /// All containers.
     #[must_use]
-    pub fn containers(&self) -> Vec<Arc<Container>> {
-        read(&self.containers).values().cloned().collect()
+    pub fn all_containers(&self) -> Vec<Arc<Container>> {
+        self.containers.select(|_| true)
     }
 
     /// Containers of one pod.
     #[must_use]
     pub fn containers_of(&self, pod_id: &str) -> Vec<Arc<Container>> {
-        read(&self.containers)
-            .values()
-            .filter(|c| c.pod_id == pod_id)
-            .cloned()
-            .collect()
+        self.containers.select(|c| c.pod_id == pod_id)
     }
 }
 
@@ -521,10 +537,10 @@ mod tests {
                 String::new(),
                 None,
             );
-            store.add_pod(Arc::new(pod));
+            store.pods.add(Arc::new(pod));
         }
-        assert!(store.find_pod("ab").is_err() && store.find_pod("").is_err());
-        assert_eq!(store.find_pod("ab2").unwrap().unwrap().id, "ab2");
-        assert!(store.find_pod("x").unwrap().is_none());
+        assert!(store.pods.find("ab").is_err() && store.pods.find("").is_err());
+        assert_eq!(store.pods.find("ab2").unwrap().unwrap().id, "ab2");
+        assert!(store.pods.find("x").unwrap().is_none());
     }
 }

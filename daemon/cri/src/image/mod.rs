@@ -8,6 +8,7 @@ mod pull;
 mod service;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use lighter_engine::image::{self, Descriptor, Matcher, chain_ids};
@@ -18,6 +19,7 @@ use lighter_store::metadata::{Db, Image as Record};
 use lighter_store::{Digest, Scope};
 use serde::Deserialize;
 
+pub(crate) use pull::Counts as PullCounts;
 pub use service::ImageEdge;
 
 use crate::config;
@@ -91,6 +93,20 @@ fn is_id(name: &str) -> bool {
     Digest::parse(name).is_ok()
 }
 
+/// Refuses an image that says it is for another machine. An index was searched for this one; a
+/// manifest alone is whatever it is.
+fn check_platform(resolved: &image::Resolved, matcher: &Matcher) -> Result<()> {
+    let platform = &resolved.config.platform;
+    let silent = platform.os.is_empty() || platform.architecture.is_empty();
+    if silent || matcher.matches(platform) {
+        return Ok(());
+    }
+    Err(Error::not_found(format!(
+        "no match for platform in manifest {}: it is for {}/{}: not found",
+        resolved.descriptor.digest, platform.os, platform.architecture
+    )))
+}
+
 /// All images of the CRI namespace.
 #[derive(Debug)]
 pub struct Images {
@@ -99,6 +115,10 @@ pub struct Images {
     transfer: Transfer,
     config: config::Images,
     cache: RwLock<Cache>,
+    /// Counts changes.
+    generation: AtomicU64,
+    /// Pulls under way, and what became of earlier ones.
+    pub(crate) pulls: pull::Counts,
 }
 
 #[derive(Debug, Default)]
@@ -142,6 +162,8 @@ impl Images {
             transfer,
             config,
             cache: RwLock::default(),
+            generation: AtomicU64::default(),
+            pulls: pull::Counts::default(),
         }
     }
 
@@ -191,6 +213,7 @@ impl Images {
         let size = image::sizes(&content, &self.scope, &target, &matcher)
             .await
             .map_err(unusable)?;
+        check_platform(&resolved, &matcher)?;
         let file: ConfigFile = serde_json::from_slice(&resolved.config_bytes)?;
         let chain = chain_ids(&resolved.config.diff_ids)
             .last()
@@ -259,11 +282,22 @@ impl Images {
         ))
     }
 
+    /// A number that is another one after images or snapshots changed.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Images or snapshots changed.
+    pub(crate) fn changed(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+    }
+
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Cache> {
         self.cache.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write(&self) -> std::sync::RwLockWriteGuard<'_, Cache> {
+        self.changed();
         self.cache.write().unwrap_or_else(PoisonError::into_inner)
     }
 

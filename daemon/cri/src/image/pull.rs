@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use base64::Engine as _;
 use lighter_engine::image::children::Layers;
-use lighter_engine::image::{Matcher, Tracker};
+use lighter_engine::image::{self, Matcher, Tracker};
 use lighter_engine::registry::reference::Named;
 use lighter_engine::registry::{Anonymous, SessionOptions};
 use lighter_engine::registry::{Credential, CredentialRequest, Credentials, Secret};
@@ -13,11 +13,43 @@ use lighter_proto::runtime::v1::AuthConfig;
 use lighter_store::Labels;
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{Images, MANAGED_LABEL, PINNED_LABEL};
 use crate::config;
 use crate::error::{Error, Result};
+
+/// Pulls, for metrics.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    /// Under way.
+    pub(crate) running: AtomicU64,
+    /// Done.
+    pub(crate) succeeded: AtomicU64,
+    /// Failed.
+    pub(crate) failed: AtomicU64,
+    /// Bytes of the images pulled, and milliseconds that took.
+    pub(crate) bytes: AtomicU64,
+    /// See `bytes`.
+    pub(crate) millis: AtomicU64,
+}
+
+/// One pull that is counted as running.
+struct Running<'a>(&'a Counts);
+
+impl<'a> Running<'a> {
+    fn new(counts: &'a Counts) -> Self {
+        counts.running.fetch_add(1, Ordering::Relaxed);
+        Self(counts)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// How often the progress of a pull is looked at.
 const PROGRESS_LOOK: Duration = Duration::from_secs(1);
@@ -145,6 +177,30 @@ impl Images {
         auth: Option<&AuthConfig>,
         snapshotter: &str,
     ) -> Result<String> {
+        let (counts, begun) = (&self.pulls, Instant::now());
+        let _running = Running::new(counts);
+        let pulled = self.pull_now(text, auth, snapshotter).await;
+        match &pulled {
+            Ok(id) => {
+                counts.succeeded.fetch_add(1, Ordering::Relaxed);
+                let size = self.find(id).map_or(0, |image| image.size_bytes);
+                counts.bytes.fetch_add(size, Ordering::Relaxed);
+                let took = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+                counts.millis.fetch_add(took, Ordering::Relaxed);
+            }
+            Err(_) => {
+                counts.failed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        pulled
+    }
+
+    async fn pull_now(
+        &self,
+        text: &str,
+        auth: Option<&AuthConfig>,
+        snapshotter: &str,
+    ) -> Result<String> {
         let named = Named::parse(text).map_err(|e| {
             Error::unknown(format!("failed to parse image reference {text:?}: {e}"))
         })?;
@@ -192,7 +248,10 @@ impl Images {
             () = stalled(&tracker, limit) => None,
         };
         let recorded = match pulled {
-            Some(Ok(pulled)) => self.record(lease.scope(), &named, &pulled).await,
+            Some(Ok(pulled)) => match self.suits(lease.scope(), &pulled).await {
+                Ok(()) => self.record(lease.scope(), &named, &pulled).await,
+                Err(error) => Err(failed(error.kind(), error.to_string())),
+            },
             Some(Err(error)) => {
                 let error_kind = error.kind();
                 Err(match marker(&error) {
@@ -207,6 +266,14 @@ impl Images {
         };
         lease.release().await;
         recorded
+    }
+
+    /// Whether containers can be made from what was pulled.
+    async fn suits(&self, scope: &lighter_store::Scope, pulled: &transfer::Pulled) -> Result<()> {
+        let (content, matcher) = (self.db.content(), Matcher::host());
+        let resolved = image::resolve(&content, scope, &pulled.target, &matcher).await;
+        let resolved = resolved.map_err(|e| Error::new(e.kind(), render(&e)))?;
+        super::check_platform(&resolved, &matcher)
     }
 
     fn headers(&self) -> std::collections::BTreeMap<String, String> {

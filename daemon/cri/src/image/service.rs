@@ -158,15 +158,17 @@ impl ImageService for ImageEdge {
         let usage = tokio::time::timeout(limit, plugin.image_filesystem()).await;
         let usage =
             usage.map_err(|_| Status::deadline_exceeded("measuring the image filesystem"))?;
-        let (mountpoint, usage) = usage.map_err(into_status)?;
+        let measured = usage.map_err(into_status)?;
         let filesystem = api::FilesystemUsage {
-            timestamp: time::to_nanos(std::time::SystemTime::now()),
-            fs_id: Some(api::FilesystemIdentifier { mountpoint }),
+            timestamp: time::to_nanos(measured.at),
+            fs_id: Some(api::FilesystemIdentifier {
+                mountpoint: measured.root,
+            }),
             used_bytes: Some(api::UInt64Value {
-                value: usage.size_bytes,
+                value: measured.usage.size_bytes,
             }),
             inodes_used: Some(api::UInt64Value {
-                value: usage.inodes,
+                value: measured.usage.inodes,
             }),
         };
         Ok(Response::new(api::ImageFsInfoResponse {

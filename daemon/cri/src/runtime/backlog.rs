@@ -44,6 +44,8 @@ struct Inner {
     kept: VecDeque<(Instant, Event)>,
     /// Receivers: streams of clients. Closed by a client that goes, or here when it is too slow.
     subscribers: Vec<mpsc::Sender<Event>>,
+    /// Events that nobody was told of.
+    dropped: u64,
 }
 
 /// All events and subscribers.
@@ -58,6 +60,11 @@ impl Backlog {
     /// Whether somebody listens now.
     pub(crate) fn heard(&self) -> bool {
         self.inner().subscribers.iter().any(|s| !s.is_closed())
+    }
+
+    /// Events that nobody was told of.
+    pub(crate) fn dropped(&self) -> u64 {
+        self.inner().dropped
     }
 
     /// Tells everyone, or keeps it for the first to come.
@@ -78,6 +85,7 @@ impl Backlog {
         {
             tracing::debug!("an event that nobody heard is dropped");
             inner.kept.pop_front();
+            inner.dropped += 1;
         }
         inner.kept.push_back((now, event));
     }
@@ -86,6 +94,8 @@ impl Backlog {
     pub(crate) fn subscribe(&self) -> mpsc::Receiver<Event> {
         let mut inner = self.inner();
         let kept: Vec<_> = inner.kept.drain(..).collect();
+        let late = kept.iter().filter(|(at, _)| at.elapsed() > KEPT_FOR);
+        inner.dropped += late.count() as u64;
         let (sender, receiver) = mpsc::channel(kept.len() + QUEUE);
         for (at, event) in kept {
             if at.elapsed() <= KEPT_FOR {
@@ -147,5 +157,7 @@ mod tests {
             backlog.publish(event("y"));
         }
         assert_eq!(backlog.inner().kept.len(), KEPT, "what is kept is bounded");
+        // The event that found the subscriber too slow is the first one kept.
+        assert_eq!(backlog.dropped(), KEPT as u64 + 1, "the rest is counted");
     }
 }

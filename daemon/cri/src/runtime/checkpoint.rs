@@ -21,7 +21,7 @@ use serde_json::json;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::files::remove_dir;
+use super::files::remove_dirs;
 use crate::error::{Error, Result, io as io_error};
 use crate::plugin::Plugin;
 use crate::store::Container;
@@ -146,11 +146,11 @@ impl Plugin {
             )));
         }
         let dir = self.container_root(&container.id).join("ctrd-checkpoint");
-        remove_dir(&dir).await?;
+        remove_dirs([dir.clone()]).await?;
         let written = self
             .write_checkpoint(container, &dir, &location, limit)
             .await;
-        remove_dir(&dir).await?;
+        remove_dirs([dir.clone()]).await?;
         written.map_err(failed)
     }
 

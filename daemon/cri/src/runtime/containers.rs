@@ -13,12 +13,13 @@ use lighter_snapshotter::mount::{Access, TempMount};
 use nix::sys::signal::Signal as Native;
 use nix::sys::stat::Mode;
 
+use super::output::writes_logs;
 use super::records::{CONTAINER, New};
 use super::{new_id, task_runtime};
 use crate::error::{Error, Result, io};
 use crate::image::Image;
 use crate::plugin::Plugin;
-use crate::spec::user::{self, User};
+use crate::spec::user::{self, Tables, User};
 use crate::spec::{self, container};
 use crate::store::{Container, ContainerStatus, NewContainer, Pod};
 
@@ -98,10 +99,9 @@ impl Plugin {
     /// Makes a container in a pod that is ready; its id.
     pub(super) async fn create_container(
         self: &Arc<Self>,
-        pod_id: &str,
+        pod: &Arc<Pod>,
         config: ContainerConfig,
     ) -> Result<String> {
-        let pod = self.store.pod(pod_id)?;
         if !pod.is_ready() {
             return Err(Error::unknown(format!(
                 "sandbox container {:?} is not running",
@@ -130,13 +130,13 @@ impl Plugin {
         let snapshotter = self.snapshotter_of(&pod.handler);
         let _blocked = self.block_plugins().await;
         let made = self
-            .build_container(&pod, &id, &name, config, &image, &snapshotter)
+            .build_container(pod, &id, &name, config, &image, &snapshotter)
             .await;
         match made {
             Ok(container) => {
-                self.store.add_container(Arc::clone(&container));
+                self.store.containers.add(Arc::clone(&container));
                 reservation.keep();
-                if self.store.find_pod(&pod.id)?.is_none() {
+                if self.store.pods.find(&pod.id)?.is_none() {
                     // The pod was removed meanwhile, and with it what it had then.
                     self.remove_container(&container).await?;
                     let message = format!("sandbox {:?} was removed meanwhile", pod.id);
@@ -150,8 +150,11 @@ impl Plugin {
                 for undone in [
                     self.delete_record(&id).await,
                     self.delete_snapshot(&snapshotter, &id).await,
-                    super::files::remove_dir(&self.container_root(&id)).await,
-                    super::files::remove_dir(&self.container_state(&id)).await,
+                    super::files::remove_dirs([
+                        self.container_root(&id),
+                        self.container_state(&id),
+                    ])
+                    .await,
                 ] {
                     if let Err(failure) = undone {
                         tracing::warn!(container = %id, error = %failure, "container not undone");
@@ -184,7 +187,7 @@ impl Plugin {
         let mut volumes = self.mount_images(pod, &mut config, snapshotter).await?;
         let declared = self.declared_volumes(id, &config, image, &rootfs);
         volumes.append(&mut declared.await?);
-        let user = self.user_of(&config, image, rootfs).await?;
+        let user = self.user_of(&config, image, &rootfs).await?;
         let handler = self.handler(&pod.handler)?;
         let image_name = image.first_name();
         let mut spec = container::spec(&container::Input {
@@ -256,7 +259,7 @@ impl Plugin {
         &self,
         config: &ContainerConfig,
         image: &Image,
-        rootfs: Vec<lighter_snapshotter::Mount>,
+        rootfs: &[lighter_snapshotter::Mount],
     ) -> Result<User> {
         let security = config
             .linux
@@ -264,15 +267,21 @@ impl Plugin {
             .and_then(|l| l.security_context.clone());
         let security = security.unwrap_or_default();
         let text = user::wanted(&security, &image.process.user)?;
-        let below = self.state.clone();
-        let resolved = tokio::task::spawn_blocking(move || {
+        let chain = image.chain_id.as_deref().unwrap_or_default();
+        if let Some(tables) = self.tables.get(chain) {
+            return user::resolve(&tables, &text, &security);
+        }
+        let (below, rootfs) = (self.state.clone(), rootfs.to_vec());
+        let read = tokio::task::spawn_blocking(move || {
             let failed = |e: lighter_snapshotter::mount::Error| {
                 Error::unknown(lighter_proto::errdefs::render(&e))
             };
             let root = TempMount::new(&below, &rootfs, Access::ReadOnly).map_err(failed)?;
-            user::resolve(root.path(), &text, &security)
+            Tables::read(root.path()).map(Arc::new)
         });
-        resolved.await.map_err(|e| Error::unknown(e.to_string()))?
+        let tables = read.await.map_err(|e| Error::unknown(e.to_string()))??;
+        self.tables.keep(chain, &tables);
+        user::resolve(&tables, &text, &security)
     }
 
     /// Pid of the container whose pid namespace is joined.
@@ -285,7 +294,7 @@ impl Plugin {
         let Some(options) = options.filter(|o| o.pid() == NamespaceMode::Target) else {
             return Ok(None);
         };
-        let target = self.store.container(&options.target_id)?;
+        let target = self.store.containers.get(&options.target_id)?;
         let status = target.status();
         if target.pod_id != pod.id || status.state != ContainerState::ContainerRunning {
             return Err(Error::unknown(format!(
@@ -337,6 +346,7 @@ impl Plugin {
                 if let Err(failure) = self.kill_task(&container.id).await {
                     tracing::warn!(container = %container.id, error = %failure, "task not undone");
                 }
+                self.end_output(&container.id);
                 container.update(|s| {
                     s.starting = false;
                     s.state = ContainerState::ContainerExited;
@@ -352,7 +362,7 @@ impl Plugin {
     }
 
     async fn launch(&self, container: &Container) -> Result<Handle> {
-        let pod = self.store.pod(&container.pod_id)?;
+        let pod = self.store.pods.get(&container.pod_id)?;
         if !pod.is_ready() {
             return Err(Error::unknown(format!(
                 "sandbox container {:?} is not running",
@@ -362,10 +372,11 @@ impl Plugin {
         let record = self.db.containers().get(&self.scope, &container.id)?;
         let snapshots = self.db.snapshots(&container.snapshotter)?;
         let rootfs = snapshots.mounts(&self.scope, &container.id).await?;
+        let runtime = task_runtime(self.handler(&pod.handler)?);
         let task = CreateTask {
             rootfs,
-            runtime: task_runtime(self.handler(&pod.handler)?),
-            stdio: self.stdio(container).await?,
+            stdio: self.stdio(container, &runtime).await?,
+            runtime,
             ..CreateTask::of(&record)
         };
         let created = self.tasks.create(&self.scope, task).await;
@@ -385,17 +396,16 @@ impl Plugin {
         Ok(handle)
     }
 
-    /// The log that the shim writes, and the fifo that attached clients write to. Without a log the
-    /// output goes nowhere, but can be attached to.
-    async fn stdio(&self, container: &Container) -> Result<Stdio> {
+    /// The log that the shim writes, or the fifos that it writes to where it knows no logs, and the
+    /// fifo that attached clients write to. Without a log the output goes nowhere, but can be attached
+    /// to.
+    async fn stdio(&self, container: &Container, runtime: &str) -> Result<Stdio> {
         let path = container.log_path.as_deref().unwrap_or(Path::new(NO_LOG));
         if let Some(dir) = path.parent() {
             tokio::fs::create_dir_all(dir)
                 .await
                 .map_err(io("create", dir))?;
         }
-        let most = self.config.runtime.max_container_log_line_size;
-        let uri = format!("cri-log://{}?max={most}", escape(path));
         let tty = container.config.tty;
         let stdin = if container.config.stdin {
             let fifo = self.stdin_fifo(&container.id);
@@ -404,10 +414,18 @@ impl Plugin {
         } else {
             String::new()
         };
+        let (stdout, stderr) = if writes_logs(runtime) {
+            let most = self.config.runtime.max_container_log_line_size;
+            let uri = format!("cri-log://{}?max={most}", escape(path));
+            let stderr = if tty { String::new() } else { uri.clone() };
+            (uri, stderr)
+        } else {
+            self.make_output(container).await?
+        };
         Ok(Stdio {
             stdin,
-            stderr: if tty { String::new() } else { uri.clone() },
-            stdout: uri,
+            stdout,
+            stderr,
             terminal: tty,
         })
     }
@@ -418,7 +436,7 @@ impl Plugin {
     }
 }
 
-async fn make_fifo(path: &Path) -> Result<()> {
+pub(super) async fn make_fifo(path: &Path) -> Result<()> {
     if let Some(dir) = path.parent() {
         tokio::fs::create_dir_all(dir)
             .await

@@ -57,7 +57,7 @@ impl Plugin {
     /// Pods that match.
     pub(super) fn pods(&self, filter: Option<api::PodSandboxFilter>) -> Vec<api::PodSandbox> {
         let filter = filter.unwrap_or_default();
-        let pods = self.store.pods();
+        let pods = self.store.visible_pods();
         let matching = pods.iter().filter(|pod| {
             pod.id.starts_with(&filter.id) && selected(&pod.config.labels, &filter.label_selector)
         });
@@ -124,7 +124,7 @@ impl Plugin {
     /// Containers that match.
     pub(super) fn containers(&self, filter: Option<api::ContainerFilter>) -> Vec<api::Container> {
         let filter = filter.unwrap_or_default();
-        let containers = self.store.containers();
+        let containers = self.store.all_containers();
         let matching = containers.iter().filter(|container| {
             container.id.starts_with(&filter.id)
                 && container.pod_id.starts_with(&filter.pod_sandbox_id)

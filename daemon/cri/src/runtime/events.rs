@@ -55,7 +55,7 @@ impl Plugin {
     }
 
     fn seen(&self, pod_id: &str) -> Seen {
-        let pod = self.store.find_pod(pod_id).ok().flatten();
+        let pod = self.store.pods.find(pod_id).ok().flatten();
         let containers = self.store.containers_of(pod_id);
         Seen {
             pod: pod.map(|p| self.pod_status_of(&p)),
@@ -122,6 +122,8 @@ impl Plugin {
             {
                 container.update(|s| s.oom_killed = true);
             }
+            // Whoever learns of the end finds all output in the log.
+            this.drain_output(&container.id).await;
             this.container_ended(&container, code, at).await;
             stop.run_until_cancelled(this.delete_task(&handle)).await;
         });
@@ -198,7 +200,7 @@ impl Plugin {
                 let Ok(oom) = TaskOom::decode(event.value.as_slice()) else {
                     continue;
                 };
-                if let Ok(Some(container)) = self.store.find_container(&oom.container_id) {
+                if let Ok(Some(container)) = self.store.containers.find(&oom.container_id) {
                     container.update(|s| {
                         s.oom_killed = true;
                         if s.state == ContainerState::ContainerExited {

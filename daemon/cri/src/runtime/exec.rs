@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use lighter_engine::runtime::{ExecTask, Handle, Stdio};
+use lighter_floor::cri_log::Stream;
 use lighter_proto::any;
 use lighter_proto::errdefs::ErrorKind;
 use lighter_proto::runtime::v1::{ContainerState, ExecSyncResponse};
@@ -220,7 +221,7 @@ impl Plugin {
     }
 
     async fn exec_stream(&self, id: &str, command: &[String], io: ExecIo) -> Result<u32> {
-        let container = self.store.container(id)?;
+        let container = self.store.containers.get(id)?;
         let handle = self.running(&container).await?;
         let fifos = Fifos::new(&self.state)?;
         let mut stdio = Stdio {
@@ -359,7 +360,7 @@ impl crate::streaming::Backend for Backend {
             .0
             .upgrade()
             .ok_or_else(|| refused("the daemon stops"))?;
-        let pod = plugin.store.pod(sandbox_id).map_err(refused)?;
+        let pod = plugin.store.pods.get(sandbox_id).map_err(refused)?;
         if !pod.is_ready() {
             return Err(refused(format!(
                 "sandbox container {:?} is not running",
@@ -383,7 +384,7 @@ impl Plugin {
     /// Streams of a container's own process, from now to its end. Leaving them detaches.
     async fn attach(&self, id: &str, io: ExecIo) -> Result<()> {
         use lighter_proto::lighter::shim::v1::AttachRequest;
-        let container = self.store.container(id)?;
+        let container = self.store.containers.get(id)?;
         let handle = self.running(&container).await?;
         let fifos = Fifos::new(&self.state)?;
         let mut request = AttachRequest {
@@ -391,9 +392,19 @@ impl Plugin {
             ..AttachRequest::default()
         };
         let mut outputs = tokio::task::JoinSet::new();
+        let read_here = self.outputs.get(&container.id).is_some();
+        let (out, err) = (io.stdout, io.stderr);
+        let (out, err) = if read_here {
+            let both = [(Stream::Stdout, out), (Stream::Stderr, err)];
+            let asked = both.into_iter().filter_map(|(of, to)| Some((of, to?)));
+            self.listen_to(&container.id, asked.collect(), &mut outputs)?;
+            (None, None)
+        } else {
+            (out, err)
+        };
         let streams = [
-            (&mut request.stdout, "stdout", io.stdout),
-            (&mut request.stderr, "stderr", io.stderr),
+            (&mut request.stdout, "stdout", out),
+            (&mut request.stderr, "stderr", err),
         ];
         for (field, name, to) in streams {
             let Some(to) = to else { continue };
@@ -401,7 +412,7 @@ impl Plugin {
             outputs.spawn(drain(Fifos::reader(&path)?, to));
             *field = path.display().to_string();
         }
-        if !outputs.is_empty() {
+        if !read_here && !outputs.is_empty() {
             let connection = handle.connection();
             connection
                 .log::<_, ()>("Attach", request, Some(SHIM_LIMIT))
@@ -448,6 +459,9 @@ impl Plugin {
             return Err(Error::unknown("container is not running"));
         }
         let handle = self.running(container).await?;
+        if let Some(output) = self.outputs.get(&container.id) {
+            return output.reopen().await;
+        }
         let request = ReopenRequest {
             id: container.id.clone(),
             ..ReopenRequest::default()

@@ -154,19 +154,24 @@ impl Plugin {
     /// Removes the pod's directories.
     pub(super) async fn remove_pod_files(&self, id: &str) -> Result<()> {
         self.unmount_pod_files(id).await?;
-        for dir in [self.pod_root(id), self.pod_state(id)] {
-            remove_dir(&dir).await?;
-        }
-        Ok(())
+        remove_dirs([self.pod_root(id), self.pod_state(id)]).await
     }
 }
 
-/// Removes a tree; one that is gone is fine.
-pub(super) async fn remove_dir(dir: &Path) -> Result<()> {
-    match tokio::fs::remove_dir_all(dir).await {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(io("remove", dir)(e)),
-        _ => Ok(()),
-    }
+/// Removes trees; ones that are gone are fine.
+pub(super) async fn remove_dirs<const N: usize>(dirs: [PathBuf; N]) -> Result<()> {
+    let removed = tokio::task::spawn_blocking(move || {
+        for dir in &dirs {
+            match std::fs::remove_dir_all(dir) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(io("remove", dir)(e));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    });
+    removed.await.map_err(|e| Error::unknown(e.to_string()))?
 }
 
 /// Mounts block.

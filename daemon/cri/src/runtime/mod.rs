@@ -4,6 +4,7 @@ mod backlog;
 mod checkpoint;
 mod containers;
 mod copy;
+mod deprecated;
 mod encode;
 mod events;
 mod exec;
@@ -12,26 +13,32 @@ mod info;
 mod labels;
 mod metrics;
 mod network;
+mod output;
 mod plugins;
 mod pods;
 mod records;
 mod recover;
 mod rpc;
+mod salvage;
 mod service;
 mod stats;
 mod stop;
+mod timers;
 mod update;
 mod volumes;
 
 pub(crate) use backlog::Backlog;
 pub use exec::Backend;
+pub(crate) use output::Outputs;
 pub(crate) use plugins::Hooks;
 pub use service::RuntimeEdge;
 pub(crate) use stats::History;
+pub(crate) use timers::Timers;
 
 use rand::Rng as _;
 
-/// Runtime names that our own shim serves; it alone writes CRI logs.
+/// Name of the runtime that serves a handler: our own shim where its type is the common one and no
+/// program is named.
 fn task_runtime(handler: &crate::config::Handler) -> String {
     match (handler.runtime_path.as_str(), handler.runtime_type.as_str()) {
         ("", "io.containerd.runc.v2") => "io.containerd.lighter.v2".to_owned(),

@@ -112,7 +112,9 @@ impl Plugin {
         let Some(path) = &pod.netns else {
             return Ok(());
         };
-        let (ip, others, result) = self.attach_network(pod, path).await?;
+        let attach = self.attach_network(pod, path);
+        let timers = &self.timers;
+        let (ip, others, result) = timers.time("sandbox_create_network", "", attach).await?;
         let result = serde_json::to_value(result)?;
         pod.update(|s| {
             s.ip = ip;

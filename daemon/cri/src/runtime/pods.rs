@@ -1,6 +1,7 @@
 //! Running a pod: name, lease, network, pause process, in this order, and back in reverse.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use lighter_engine::image::{Descriptor, Matcher};
 use lighter_engine::runtime::{CreateTask, Handle};
@@ -102,7 +103,7 @@ impl Plugin {
         let netns = self.netns_path(&config);
         let pod = Arc::new(Pod::new(id.clone(), name, config, handler, netns));
         let turn = pod.busy.take("RunPodSandbox", &pod.name).await?;
-        self.store.add_pod(Arc::clone(&pod));
+        self.store.pods.add(Arc::clone(&pod));
         let error = match self.build_pod(&pod, &turn).await {
             Ok(()) => {
                 reservation.keep();
@@ -120,7 +121,7 @@ impl Plugin {
             Err(_) => Some("took too long".to_owned()),
         };
         match failure {
-            None => self.store.remove_pod(&id),
+            None => self.store.pods.remove(&id),
             Some(failure) => {
                 // Kept, so that the kubelet's Stop and Remove try again.
                 tracing::warn!(sandbox_id = %id, %failure, "pod not undone");
@@ -186,7 +187,13 @@ impl Plugin {
             ..CreateTask::of(&record)
         };
         turn.at("network (CNI ADD), start of the sandbox");
+        let runtime = self.runtime_label(&pod.handler);
+        let begun = Instant::now();
         let started = both(self.make_network(pod), self.start_pod(&scope, task)).await;
+        if started.is_ok() {
+            let took = begun.elapsed();
+            self.timers.note("sandbox_runtime_create", &runtime, took);
+        }
         let (handle, pid) = started?;
         pod.update(|s| s.pid = pid);
         turn.at("NRI RunPodSandbox");
@@ -212,8 +219,8 @@ impl Plugin {
         Ok((handle, pid))
     }
 
-    /// Root of the pause process: our own image needs no writable layer, another's may lack what
-    /// is mounted over.
+    /// Root of the pause process: our own image needs no writable layer for what every pod mounts;
+    /// another's, or a base spec with more mounts, may.
     async fn pod_root_of(
         &self,
         scope: &Scope,
@@ -224,7 +231,8 @@ impl Plugin {
         let snapshots = self.db.snapshots(snapshotter)?;
         let parent = image.chain_id.as_deref();
         let labels = crate::userns::snapshot_labels(pod.namespace_options());
-        let made = if image.names.contains(pause::NAME) {
+        let complete = image.names.contains(pause::NAME) && !self.has_base_spec(&pod.handler);
+        let made = if complete {
             snapshots.view(scope, &pod.id, parent, labels).await
         } else {
             snapshots.prepare(scope, &pod.id, parent, labels).await

@@ -44,7 +44,7 @@ const PARALLEL: usize = 64;
 const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 /// What became of a task over the restart.
-enum Found {
+pub(super) enum Found {
     Live(Handle),
     None,
     /// Its shim does not answer yet.
@@ -111,16 +111,16 @@ impl Plugin {
             records.iter().filter(of).cloned().collect::<Vec<_>>()
         };
         let pods = stream::iter(of_kind("sandbox")).map(|record| async move {
-            let id = record.id.clone();
-            if let Err(error) = self.recover_pod(record).await {
-                tracing::error!(sandbox_id = %id, %error, "pod not recovered");
+            if let Err(error) = self.recover_pod(record.clone()).await {
+                tracing::error!(sandbox_id = %record.id, %error, "pod not recovered whole");
+                self.salvage_pod(&record).await;
             }
         });
         pods.buffer_unordered(PARALLEL).collect::<Vec<()>>().await;
         let containers = stream::iter(of_kind("container")).map(|record| async move {
-            let id = record.id.clone();
-            if let Err(error) = self.recover_container(record).await {
-                tracing::error!(container_id = %id, %error, "container not recovered");
+            if let Err(error) = self.recover_container(record.clone()).await {
+                tracing::error!(container_id = %record.id, %error, "container not recovered whole");
+                self.salvage_container(&record).await;
             }
         });
         containers
@@ -130,8 +130,8 @@ impl Plugin {
         self.sweep(&ids).await;
         let stale = self.cni.journaled_except(&ids).await;
         tracing::info!(
-            pods = self.store.pods().len(),
-            containers = self.store.containers().len(),
+            pods = self.store.visible_pods().len(),
+            containers = self.store.all_containers().len(),
             "CRI serves"
         );
         self.admit_plugins().await?;
@@ -147,7 +147,7 @@ impl Plugin {
         Ok(())
     }
 
-    async fn find_task(&self, id: &str) -> Found {
+    pub(super) async fn find_task(&self, id: &str) -> Found {
         match self.task(id).await {
             Ok(Some(handle)) => Found::Live(handle),
             Ok(None) => Found::None,
@@ -181,12 +181,15 @@ impl Plugin {
             self.recover_pod_resources(&pod, extension)?;
         }
         self.store.adopt(&pod.name, &id);
-        self.store.add_pod(Arc::clone(&pod));
+        self.store.pods.add(Arc::clone(&pod));
+        if self.stop_told(&id).exists() {
+            self.hooks.was_told(&id).await;
+        }
         if making {
             tracing::info!(sandbox_id = %id, "removing a half-made pod");
             let undone = tokio::time::timeout(UNDO_LIMIT, self.undo_pod(&pod)).await;
             if let Ok(Ok(())) = undone {
-                self.store.remove_pod(&id);
+                self.store.pods.remove(&id);
                 self.store.release(&pod.name);
                 return Ok(());
             }
@@ -202,7 +205,7 @@ impl Plugin {
         Ok(())
     }
 
-    async fn take_pod(self: &Arc<Self>, pod: &Arc<Pod>, handle: Handle) {
+    pub(super) async fn take_pod(self: &Arc<Self>, pod: &Arc<Pod>, handle: Handle) {
         let process = handle.init();
         match process.status {
             Status::Running | Status::Pausing | Status::Paused => {
@@ -291,7 +294,11 @@ impl Plugin {
             status,
         ));
         self.store.adopt(&container.name, &container.id);
-        self.store.add_container(Arc::clone(&container));
+        self.store.containers.add(Arc::clone(&container));
+        if container.status().finished_at.is_some() {
+            // Plugins that come now are not shown it.
+            self.hooks.was_told(&container.id).await;
+        }
         match self.find_task(&container.id).await {
             Found::Live(handle) => self.take_container(&container, handle).await,
             Found::None => self.settle_container(&container).await,
@@ -339,7 +346,11 @@ impl Plugin {
         status
     }
 
-    async fn take_container(self: &Arc<Self>, container: &Arc<Container>, handle: Handle) {
+    pub(super) async fn take_container(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        handle: Handle,
+    ) {
         let process = handle.init();
         let known_end = container.status().finished_at.is_some();
         match process.status {
@@ -362,6 +373,9 @@ impl Plugin {
                     s.started_at = s.started_at.or(Some(s.created_at));
                 });
                 let ended = process.status == Status::Stopped;
+                if !ended && let Err(error) = self.read_output(container).await {
+                    tracing::error!(container_id = %container.id, %error, "output not logged");
+                }
                 self.watch_container(Arc::clone(container), handle);
                 if ended {
                     container.ended().await;
@@ -371,7 +385,7 @@ impl Plugin {
     }
 
     /// A container without a task: what its status says, or lost.
-    async fn settle_container(self: &Arc<Self>, container: &Arc<Container>) {
+    pub(super) async fn settle_container(self: &Arc<Self>, container: &Arc<Container>) {
         let status = container.status();
         let lost = match status.state {
             ContainerState::ContainerRunning => true,
@@ -456,7 +470,7 @@ fn remove_tree(path: &Path) {
 }
 
 /// Who a container runs as, by its spec.
-fn user_from(spec: &Value) -> ContainerUser {
+pub(super) fn user_from(spec: &Value) -> ContainerUser {
     let user = &spec["process"]["user"];
     let number = |value: &Value| value.as_i64().unwrap_or_default();
     let groups = user["additionalGids"].as_array().into_iter().flatten();

@@ -2,14 +2,14 @@
 //! call that is made again goes on where the one before it stopped.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use lighter_engine::runtime::{Error as TaskError, Handle};
 use lighter_proto::errdefs::{Classify as _, ErrorKind};
 use lighter_proto::runtime::v1::{ContainerEventType, ContainerState, PodSandboxState};
 
 use super::events::UNKNOWN_EXIT;
-use super::files::remove_dir;
+use super::files::remove_dirs;
 use crate::error::{Error, Result};
 use crate::netns;
 use crate::plugin::{Plugin, time_left};
@@ -205,7 +205,7 @@ impl Plugin {
             .busy
             .take("RemoveContainer", &container.name)
             .await?;
-        if self.store.find_container(&container.id)?.is_none() {
+        if self.store.containers.find(&container.id)?.is_none() {
             // Another call removed it meanwhile.
             return Ok(());
         }
@@ -224,13 +224,13 @@ impl Plugin {
         record?;
         snapshot?;
         turn.at("remove files");
-        for dir in [
+        let (root, state) = (
             self.container_root(&container.id),
             self.container_state(&container.id),
-        ] {
-            remove_dir(&dir).await?;
-        }
-        self.store.remove_container(&container.id);
+        );
+        remove_dirs([root, state]).await?;
+        self.end_output(&container.id);
+        self.store.containers.remove(&container.id);
         self.store.release(&container.name);
         let kind = ContainerEventType::ContainerDeletedEvent;
         self.announce(&container.id, &container.pod_id, kind);
@@ -254,7 +254,13 @@ impl Plugin {
         }
         turn.at("kill the sandbox");
         // Whoever watches it deletes the task, while the network goes.
+        let (was_ready, begun) = (pod.is_ready(), Instant::now());
         self.end_task(&pod.id).await?;
+        if was_ready {
+            let runtime = self.runtime_label(&pod.handler);
+            let took = begun.elapsed();
+            self.timers.note("sandbox_runtime_stop", &runtime, took);
+        }
         // Whoever watches it tells of the end, after the ends of its containers.
         if tokio::time::timeout(NOTE_LIMIT, pod.ended()).await.is_err() {
             self.pod_ended(pod);
@@ -269,7 +275,10 @@ impl Plugin {
         self.unmount_pod_files(&pod.id).await?;
         if let Some(netns) = &pod.netns {
             turn.at("CNI DEL");
-            self.detach_network(pod, netns).await?;
+            let detach = self.detach_network(pod, netns);
+            self.timers
+                .time("sandbox_delete_network", "", detach)
+                .await?;
         }
         turn.at("unmount image volumes");
         self.unmount_images(pod).await
@@ -278,7 +287,7 @@ impl Plugin {
     /// Removes a pod and its containers.
     pub(super) async fn remove_pod(self: &Arc<Self>, pod: &Arc<Pod>) -> Result<()> {
         let turn = pod.busy.take("RemovePodSandbox", &pod.name).await?;
-        if self.store.find_pod(&pod.id)?.is_none() {
+        if self.store.pods.find(&pod.id)?.is_none() {
             // Another call removed it meanwhile.
             return Ok(());
         }
@@ -293,14 +302,16 @@ impl Plugin {
             return Err(Error::unknown(message));
         }
         turn.at("remove containers");
-        for container in self.store.containers_of(&pod.id) {
-            self.remove_container(&container).await?;
+        let containers = self.store.containers_of(&pod.id);
+        let removals = containers.iter().map(|c| self.remove_container(c));
+        for removed in futures::future::join_all(removals).await {
+            removed?;
         }
         self.plugins_remove_pod(pod).await;
         turn.at("remove");
         self.erase_pod(pod).await?;
         let seen = self.look(&pod.id);
-        self.store.remove_pod(&pod.id);
+        self.store.pods.remove(&pod.id);
         self.store.release(&pod.name);
         let kind = ContainerEventType::ContainerDeletedEvent;
         self.announce_seen(&pod.id, &pod.id, kind, seen);
@@ -319,16 +330,17 @@ impl Plugin {
 
     async fn erase_pod(&self, pod: &Pod) -> Result<()> {
         self.kill_task(&pod.id).await?;
-        self.remove_pod_files(&pod.id).await?;
         // The configuration may name another one by now.
         let snapshotter = match self.db.containers().get(&self.scope, &pod.id) {
             Ok(record) => record.snapshotter,
             Err(_) => self.snapshotter_of(&pod.handler),
         };
-        let (snapshot, lease) = tokio::join!(
+        let (files, snapshot, lease) = tokio::join!(
+            self.remove_pod_files(&pod.id),
             self.delete_snapshot(&snapshotter, &pod.id),
             self.delete_lease(&pod.id)
         );
+        files?;
         snapshot?;
         lease?;
         self.delete_record(&pod.id).await

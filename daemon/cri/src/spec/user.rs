@@ -2,9 +2,11 @@
 //!
 //! The tables are read beneath the container's mounted root, with bounds: they come from an image.
 
+use std::collections::VecDeque;
 use std::io::Read as _;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use lighter_proto::runtime::v1::{LinuxContainerSecurityContext, SupplementalGroupsPolicy};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
@@ -13,6 +15,10 @@ use crate::error::{Error, Result};
 
 /// Largest `/etc/passwd` or `/etc/group` that is read.
 const MAX_TABLE_BYTES: u64 = 4 << 20;
+/// Largest tables of one image that are kept for the next container.
+const MAX_KNOWN_BYTES: usize = 64 << 10;
+/// Most images whose tables are kept.
+const MAX_KNOWN: usize = 32;
 /// Largest uid or gid.
 pub(super) const MAX_ID: u32 = i32::MAX.unsigned_abs();
 
@@ -27,12 +33,14 @@ pub struct User {
     pub additional_gids: Vec<u32>,
 }
 
+#[derive(Debug)]
 struct Account {
     name: String,
     uid: u32,
     gid: u32,
 }
 
+#[derive(Debug)]
 struct Group {
     name: String,
     gid: u32,
@@ -134,13 +142,71 @@ pub fn wanted(security: &LinuxContainerSecurityContext, image_user: &str) -> Res
     })
 }
 
-/// Resolves `user[:group]` against the tables below `root` and adds the groups asked for.
+/// The accounts and groups of an image.
+#[derive(Debug, Default)]
+pub struct Tables {
+    accounts: Vec<Account>,
+    groups: Vec<Group>,
+    /// Bytes of the files they were read from.
+    size: usize,
+}
+
+impl Tables {
+    /// Reads them beneath `root`.
+    ///
+    /// # Errors
+    /// When a table is there and cannot be read.
+    pub fn read(root: &Path) -> Result<Self> {
+        let (passwd, group) = (table(root, "etc/passwd")?, table(root, "etc/group")?);
+        Ok(Self {
+            accounts: accounts(&passwd),
+            groups: groups(&group),
+            size: passwd.len() + group.len(),
+        })
+    }
+}
+
+/// Tables of the images that containers were made from last, by chain id: a new container's root
+/// holds nothing else, and need not be mounted to be asked.
+#[derive(Debug, Default)]
+pub struct Known(Mutex<VecDeque<(String, Arc<Tables>)>>);
+
+impl Known {
+    fn list(&self) -> MutexGuard<'_, VecDeque<(String, Arc<Tables>)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Those of the image with this chain id.
+    #[must_use]
+    pub fn get(&self, chain: &str) -> Option<Arc<Tables>> {
+        let list = self.list();
+        let found = list.iter().find(|(id, _)| id == chain);
+        found.map(|(_, tables)| Arc::clone(tables))
+    }
+
+    /// Keeps them, unless they are large.
+    pub fn keep(&self, chain: &str, tables: &Arc<Tables>) {
+        let mut list = self.list();
+        if tables.size > MAX_KNOWN_BYTES || list.iter().any(|(id, _)| id == chain) {
+            return;
+        }
+        if list.len() == MAX_KNOWN {
+            list.pop_front();
+        }
+        list.push_back((chain.to_owned(), Arc::clone(tables)));
+    }
+}
+
+/// Resolves `user[:group]` against the image's tables and adds the groups asked for.
 ///
 /// # Errors
 /// For unknown names and numbers out of range.
-pub fn resolve(root: &Path, text: &str, security: &LinuxContainerSecurityContext) -> Result<User> {
-    let accounts = accounts(&table(root, "etc/passwd")?);
-    let groups = groups(&table(root, "etc/group")?);
+pub fn resolve(
+    tables: &Tables,
+    text: &str,
+    security: &LinuxContainerSecurityContext,
+) -> Result<User> {
+    let (accounts, groups) = (&tables.accounts, &tables.groups);
     let (user, group) = match text.split_once(':') {
         Some((user, group)) => (user, Some(group)),
         None => (text, None),
@@ -210,7 +276,7 @@ mod tests {
         text: &str,
         security: &LinuxContainerSecurityContext,
     ) -> (u32, u32, Vec<u32>) {
-        let user = resolve(root, text, security).unwrap();
+        let user = resolve(&Tables::read(root).unwrap(), text, security).unwrap();
         (user.uid, user.gid, user.additional_gids)
     }
 
@@ -229,7 +295,8 @@ mod tests {
         );
         assert_eq!(gids(image.path(), "77:88", &plain), (77, 88, vec![88]));
         for bad in ["nobody", "-1", "2147483648", "sailor:nogroup"] {
-            assert!(resolve(image.path(), bad, &plain).is_err(), "{bad}");
+            let tables = Tables::read(image.path()).unwrap();
+            assert!(resolve(&tables, bad, &plain).is_err(), "{bad}");
         }
     }
 
@@ -269,14 +336,16 @@ mod tests {
             "0:2147483648",
             "1:-1",
         ] {
-            let error = resolve(image.path(), bad, &plain).unwrap_err().to_string();
+            let tables = Tables::read(image.path()).unwrap();
+            let error = resolve(&tables, bad, &plain).unwrap_err().to_string();
             assert!(error.contains("out of range"), "{bad}: {error}");
         }
         let extra = LinuxContainerSecurityContext {
             supplemental_groups: vec![1 << 40],
             ..Default::default()
         };
-        assert!(resolve(image.path(), "0", &extra).is_err());
+        let tables = Tables::read(image.path()).unwrap();
+        assert!(resolve(&tables, "0", &extra).is_err());
         assert_eq!(gids(image.path(), "2147483647", &plain).0, 2_147_483_647);
     }
 
@@ -292,6 +361,22 @@ mod tests {
             gids(image.path(), "sailor", &strict),
             (1000, 1001, vec![5, 1001])
         );
+    }
+
+    #[test]
+    fn few_and_small_tables_are_kept() {
+        let known = Known::default();
+        let small = Arc::new(Tables::default());
+        let large = Arc::new(Tables {
+            size: MAX_KNOWN_BYTES + 1,
+            ..Tables::default()
+        });
+        known.keep("large", &large);
+        for n in 0..=MAX_KNOWN {
+            known.keep(&n.to_string(), &small);
+        }
+        assert!(known.get("large").is_none() && known.get("0").is_none());
+        assert!(known.get("1").is_some() && known.get(&MAX_KNOWN.to_string()).is_some());
     }
 
     #[test]

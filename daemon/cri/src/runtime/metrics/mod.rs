@@ -371,7 +371,7 @@ impl Plugin {
     /// Metrics of all pods that are ready, with those of their containers that run.
     pub(super) async fn list_metrics(self: &Arc<Self>) -> Vec<api::PodSandboxMetrics> {
         let mut metrics = Vec::new();
-        for pod in self.store.pods() {
+        for pod in self.store.visible_pods() {
             if pod.is_ready() {
                 metrics.push(self.pod_metrics(&pod).await);
             }

@@ -43,6 +43,17 @@ impl Hooks {
         self.nri.get().filter(|nri| !nri.is_idle())
     }
 
+    /// How plugins were called, and how many there are.
+    pub(crate) fn metrics(&self) -> Option<(&nri::Metrics, usize)> {
+        let nri = self.nri.get()?;
+        Some((nri.metrics(), nri.active()))
+    }
+
+    /// Notes that plugins know of an end already, from an earlier run.
+    pub(crate) async fn was_told(&self, id: &str) {
+        self.stage(id).lock().await.stopped = true;
+    }
+
     fn stage(&self, id: &str) -> Arc<tokio::sync::Mutex<Stage>> {
         let mut stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(stages.entry(id.to_owned()).or_default())
@@ -74,9 +85,9 @@ impl nri::Runtime for Callee {
         let Some(plugin) = self.0.upgrade() else {
             return Default::default();
         };
-        let pods = plugin.store.pods();
+        let pods = plugin.store.visible_pods();
         let pods = pods.iter().map(|pod| plugin.pod_message(pod)).collect();
-        let mut containers = plugin.store.containers();
+        let mut containers = plugin.store.all_containers();
         containers.retain(|container| {
             let state = container.status().state;
             !matches!(
@@ -133,6 +144,11 @@ impl Plugin {
         }
     }
 
+    /// File that says that plugins were told of a pod's stop.
+    pub(super) fn stop_told(&self, id: &str) -> std::path::PathBuf {
+        self.pod_root(id).join("stop-told")
+    }
+
     fn spec_on_record(&self, id: &str) -> Value {
         let record = self.db.containers().get(&self.scope, id).ok();
         let spec = record.and_then(|r| serde_json::from_slice(&r.spec.value).ok());
@@ -149,7 +165,7 @@ impl Plugin {
 
     /// The pod of a container; only its id when it is gone.
     fn pod_message_of(&self, container: &Container) -> message::PodSandbox {
-        match self.store.find_pod(&container.pod_id) {
+        match self.store.pods.find(&container.pod_id) {
             Ok(Some(pod)) => self.pod_message(&pod),
             _ => message::PodSandbox {
                 id: container.pod_id.clone(),
@@ -193,6 +209,11 @@ impl Plugin {
         if !std::mem::replace(&mut stage.stopped, true) {
             let result = nri.stop_pod_sandbox(&self.pod_message(pod)).await;
             told("StopPodSandbox", &pod.id, result);
+            // For the daemon after this one.
+            let marker = self.stop_told(&pod.id);
+            if let Err(error) = tokio::fs::write(&marker, b"").await {
+                tracing::warn!(sandbox_id = %pod.id, %error, "plugins may be told again of the stop");
+            }
         }
     }
 
@@ -455,7 +476,7 @@ impl Plugin {
     ) -> Vec<message::ContainerUpdate> {
         let mut failed = Vec::new();
         for update in updates {
-            let Ok(Some(container)) = self.store.find_container(&update.container_id) else {
+            let Ok(Some(container)) = self.store.containers.find(&update.container_id) else {
                 continue;
             };
             let wanted = update.linux.as_ref().and_then(|l| l.resources.as_ref());
@@ -477,7 +498,7 @@ impl Plugin {
 
     async fn apply_evictions(self: &Arc<Self>, evictions: Vec<message::ContainerEviction>) {
         for eviction in evictions {
-            let Ok(Some(container)) = self.store.find_container(&eviction.container_id) else {
+            let Ok(Some(container)) = self.store.containers.find(&eviction.container_id) else {
                 continue;
             };
             let reason = eviction.reason;

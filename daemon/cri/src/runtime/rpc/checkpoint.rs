@@ -21,9 +21,12 @@ pub(in crate::runtime) async fn checkpoint_container(
     this: Arc<Plugin>,
     request: api::CheckpointContainerRequest,
 ) -> Result<api::CheckpointContainerResponse> {
-    let container = this.store.container(&request.container_id)?;
+    let container = this.store.containers.get(&request.container_id)?;
     let limit = seconds(request.timeout);
-    this.checkpoint_container(&container, &request.location, limit)
+    let runtime = this.runtime_label_of(&container);
+    let checkpoint = this.checkpoint_container(&container, &request.location, limit);
+    this.timers
+        .time("container_checkpoint", &runtime, checkpoint)
         .await?;
     Ok(api::CheckpointContainerResponse {})
 }

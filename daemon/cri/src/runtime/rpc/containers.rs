@@ -18,8 +18,12 @@ pub(in crate::runtime) async fn create_container(
     let config = request
         .config
         .ok_or_else(|| Error::invalid("container config is required"))?;
+    let pod = this.store.pods.get(&request.pod_sandbox_id)?;
+    let runtime = this.runtime_label(&pod.handler);
+    let creation = this.create_container(&pod, config);
     let container_id = this
-        .create_container(&request.pod_sandbox_id, config)
+        .timers
+        .time("container_create", &runtime, creation)
         .await?;
     Ok(api::CreateContainerResponse { container_id })
 }
@@ -28,8 +32,10 @@ pub(in crate::runtime) async fn start_container(
     this: Arc<Plugin>,
     request: api::StartContainerRequest,
 ) -> Result<api::StartContainerResponse> {
-    let container = this.store.container(&request.container_id)?;
-    this.start_container(&container).await?;
+    let container = this.store.containers.get(&request.container_id)?;
+    let runtime = this.runtime_label_of(&container);
+    let start = this.start_container(&container);
+    this.timers.time("container_start", &runtime, start).await?;
     Ok(api::StartContainerResponse {})
 }
 
@@ -37,9 +43,11 @@ pub(in crate::runtime) async fn stop_container(
     this: Arc<Plugin>,
     request: api::StopContainerRequest,
 ) -> Result<api::StopContainerResponse> {
-    if let Some(container) = this.store.find_container(&request.container_id)? {
+    if let Some(container) = this.store.containers.find(&request.container_id)? {
         let limit = seconds(request.timeout);
-        this.stop_container(&container, limit).await?;
+        let runtime = this.runtime_label_of(&container);
+        let stop = this.stop_container(&container, limit);
+        this.timers.time("container_stop", &runtime, stop).await?;
     }
     Ok(api::StopContainerResponse {})
 }
@@ -48,8 +56,12 @@ pub(in crate::runtime) async fn remove_container(
     this: Arc<Plugin>,
     request: api::RemoveContainerRequest,
 ) -> Result<api::RemoveContainerResponse> {
-    if let Some(container) = this.store.find_container(&request.container_id)? {
-        this.remove_container(&container).await?;
+    if let Some(container) = this.store.containers.find(&request.container_id)? {
+        let runtime = this.runtime_label_of(&container);
+        let removal = this.remove_container(&container);
+        this.timers
+            .time("container_remove", &runtime, removal)
+            .await?;
     }
     Ok(api::RemoveContainerResponse {})
 }
@@ -58,7 +70,7 @@ pub(in crate::runtime) async fn container_status(
     this: Arc<Plugin>,
     request: api::ContainerStatusRequest,
 ) -> Result<api::ContainerStatusResponse> {
-    let container = this.store.container(&request.container_id)?;
+    let container = this.store.containers.get(&request.container_id)?;
     let mut info = HashMap::new();
     if request.verbose {
         let detail = this.container_info(&container)?;
@@ -72,7 +84,8 @@ pub(in crate::runtime) async fn list_containers(
     this: Arc<Plugin>,
     request: api::ListContainersRequest,
 ) -> Result<api::ListContainersResponse> {
-    let containers = this.containers(request.filter);
+    let listing = async { Ok(this.containers(request.filter)) };
+    let containers = this.timers.time("container_list", "", listing).await?;
     Ok(api::ListContainersResponse { containers })
 }
 
@@ -80,7 +93,11 @@ pub(in crate::runtime) async fn stream_containers(
     this: Arc<Plugin>,
     request: api::StreamContainersRequest,
 ) -> Result<BoxStream<'static, Result<api::StreamContainersResponse, Status>>> {
-    let items = this.containers(request.filter);
+    let listing = async { Ok(this.containers(request.filter)) };
+    let items = this
+        .timers
+        .time("stream_container_list", "", listing)
+        .await?;
     Ok(batches(&items, |containers| {
         api::StreamContainersResponse { containers }
     }))
@@ -90,7 +107,7 @@ pub(in crate::runtime) async fn reopen_container_log(
     this: Arc<Plugin>,
     request: api::ReopenContainerLogRequest,
 ) -> Result<api::ReopenContainerLogResponse> {
-    let container = this.store.container(&request.container_id)?;
+    let container = this.store.containers.get(&request.container_id)?;
     this.reopen_log(&container).await?;
     Ok(api::ReopenContainerLogResponse {})
 }

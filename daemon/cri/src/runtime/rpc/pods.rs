@@ -26,7 +26,7 @@ pub(in crate::runtime) async fn stop_pod_sandbox(
     this: Arc<Plugin>,
     request: api::StopPodSandboxRequest,
 ) -> Result<api::StopPodSandboxResponse> {
-    if let Some(pod) = this.store.find_pod(&request.pod_sandbox_id)? {
+    if let Some(pod) = this.store.pods.find(&request.pod_sandbox_id)? {
         this.stop_pod(&pod).await?;
     }
     Ok(api::StopPodSandboxResponse {})
@@ -36,8 +36,12 @@ pub(in crate::runtime) async fn remove_pod_sandbox(
     this: Arc<Plugin>,
     request: api::RemovePodSandboxRequest,
 ) -> Result<api::RemovePodSandboxResponse> {
-    if let Some(pod) = this.store.find_pod(&request.pod_sandbox_id)? {
-        this.remove_pod(&pod).await?;
+    if let Some(pod) = this.store.pods.find(&request.pod_sandbox_id)? {
+        let runtime = this.runtime_label(&pod.handler);
+        let removal = this.remove_pod(&pod);
+        this.timers
+            .time("sandbox_remove", &runtime, removal)
+            .await?;
     }
     Ok(api::RemovePodSandboxResponse {})
 }
@@ -46,7 +50,7 @@ pub(in crate::runtime) async fn pod_sandbox_status(
     this: Arc<Plugin>,
     request: api::PodSandboxStatusRequest,
 ) -> Result<api::PodSandboxStatusResponse> {
-    let pod = this.store.pod(&request.pod_sandbox_id)?;
+    let pod = this.store.pods.get(&request.pod_sandbox_id)?;
     let mut info = HashMap::new();
     if request.verbose {
         info.insert("info".to_owned(), this.pod_info(&pod)?.to_string());
@@ -62,7 +66,8 @@ pub(in crate::runtime) async fn list_pod_sandbox(
     this: Arc<Plugin>,
     request: api::ListPodSandboxRequest,
 ) -> Result<api::ListPodSandboxResponse> {
-    let items = this.pods(request.filter);
+    let listing = async { Ok(this.pods(request.filter)) };
+    let items = this.timers.time("sandbox_list", "", listing).await?;
     Ok(api::ListPodSandboxResponse { items })
 }
 
@@ -70,7 +75,8 @@ pub(in crate::runtime) async fn stream_pod_sandboxes(
     this: Arc<Plugin>,
     request: api::StreamPodSandboxesRequest,
 ) -> Result<BoxStream<'static, Result<api::StreamPodSandboxesResponse, Status>>> {
-    let items = this.pods(request.filter);
+    let listing = async { Ok(this.pods(request.filter)) };
+    let items = this.timers.time("stream_sandbox_list", "", listing).await?;
     Ok(batches(&items, |pod_sandboxes| {
         api::StreamPodSandboxesResponse { pod_sandboxes }
     }))

@@ -10,6 +10,7 @@ use lighter_proto::runtime::v1 as api;
 use crate::cni::Cni;
 use crate::error::Result;
 use crate::plugin::Plugin;
+use crate::runtime::deprecated;
 use crate::runtime::records::options as runtime_options;
 use crate::runtime::task_runtime;
 
@@ -63,10 +64,15 @@ pub(in crate::runtime) async fn status(
         let message = format!("Network plugin returns error: {}", render(&e));
         ("NetworkPluginNotReady", message)
     });
+    let warnings = deprecated::warnings(&this.config, unified());
+    let deprecated = (!warnings.is_empty()).then(|| {
+        let text = serde_json::json!(warnings).to_string();
+        ("ContainerdHasDeprecationWarnings", text)
+    });
     let conditions = vec![
         condition("RuntimeReady", None),
         condition("NetworkReady", network),
-        condition("ContainerdHasNoDeprecationWarnings", None),
+        condition("ContainerdHasNoDeprecationWarnings", deprecated),
     ];
     let default = &this.config.runtime.containerd.default_runtime_name;
     let names = this.config.runtime.containerd.runtimes.keys();
@@ -94,6 +100,11 @@ pub(in crate::runtime) async fn status(
             HashMap::new()
         },
     })
+}
+
+/// Whether the machine has one hierarchy of cgroups.
+fn unified() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
 }
 
 impl Plugin {

@@ -11,7 +11,7 @@ pub(in crate::runtime) async fn update_container_resources(
     this: Arc<Plugin>,
     request: api::UpdateContainerResourcesRequest,
 ) -> Result<api::UpdateContainerResourcesResponse> {
-    let container = this.store.container(&request.container_id)?;
+    let container = this.store.containers.get(&request.container_id)?;
     let asked = request
         .linux
         .ok_or_else(|| Error::invalid("linux resources are required"))?;
@@ -24,7 +24,7 @@ pub(in crate::runtime) async fn update_pod_sandbox_resources(
     this: Arc<Plugin>,
     request: api::UpdatePodSandboxResourcesRequest,
 ) -> Result<api::UpdatePodSandboxResourcesResponse> {
-    let pod = this.store.pod(&request.pod_sandbox_id)?;
+    let pod = this.store.pods.get(&request.pod_sandbox_id)?;
     this.update_pod(&pod, request.overhead, request.resources)
         .await?;
     Ok(api::UpdatePodSandboxResourcesResponse {})
