@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use lighter_integration::cri::stream::{Channel, Forward, Session, Spdy, Streams, Transport};
-use lighter_integration::cri::{Node, Pod};
+use lighter_integration::cri::{Node, Pod, Settings};
 use lighter_integration::{Result, eventually};
 use lighter_proto::runtime::v1 as api;
 use tonic::Code;
@@ -241,5 +241,73 @@ async fn forwarding_needs_a_ready_pod() -> Result {
     assert!(rest.is_empty(), "{rest:?}");
     let stopped = forward_url(&node, &pod.id, 8080).await.unwrap_err();
     assert!(stopped.message().contains("is not running"), "{stopped}");
+    node.finish().await
+}
+
+/// Carries plain connections to a TLS server which must show `certificate`; where to connect to.
+async fn tunnel(
+    to: std::net::SocketAddr,
+    certificate: rustls::pki_types::CertificateDer<'static>,
+) -> Result<(std::net::SocketAddr, tokio::task::JoinSet<()>)> {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(certificate)?;
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(async move {
+        while let Ok((mut plain, _)) = listener.accept().await {
+            let carried = async {
+                let tcp = tokio::net::TcpStream::connect(to).await?;
+                let mut tls = connector.connect(to.ip().into(), tcp).await?;
+                tokio::io::copy_bidirectional(&mut plain, &mut tls).await
+            };
+            // A refusal shows as a closed connection.
+            let _ = carried.await;
+        }
+    });
+    Ok((address, tasks))
+}
+
+fn pem(label: &str, bytes: &[u8]) -> String {
+    use base64::Engine as _;
+    let text = base64::engine::general_purpose::STANDARD.encode(bytes);
+    format!("-----BEGIN {label}-----\n{text}\n-----END {label}-----\n")
+}
+
+#[tokio::test]
+async fn streams_use_tls_with_the_keys_that_are_configured() -> Result {
+    let dir = tempfile::tempdir()?;
+    let names = vec!["127.0.0.1".to_owned()];
+    let made = rcgen::generate_simple_self_signed(names)?;
+    let (cert, key) = (dir.path().join("cert.pem"), dir.path().join("key.pem"));
+    std::fs::write(&cert, pem("CERTIFICATE", made.cert.der()))?;
+    std::fs::write(&key, pem("PRIVATE KEY", &made.signing_key.serialize_der()))?;
+    let settings = Settings {
+        cri: format!(
+            "enable_tls_streaming = true\nx509_key_pair_streaming = {{ tls_cert_file = {cert:?}, \
+             tls_key_file = {key:?} }}"
+        ),
+        ..Settings::default()
+    };
+    let node = Node::start_with(&settings).await?;
+    let (_, id) = node.run_idle("secret").await?;
+    let url = crate::cri_exec::url(&node, &id, &["echo", "hello"], OUT).await?;
+    let rest = url.strip_prefix("https://").expect("the URL says TLS");
+    let (host, path) = rest.split_once('/').expect("the URL has a path");
+    // Without TLS nothing is said.
+    let plain = format!("http://{host}/{path}");
+    assert!(Session::open(&plain, Transport::SPDY, OUT).await.is_err());
+    let (address, _tasks) = tunnel(host.parse()?, made.cert.der().clone()).await?;
+    let carried = format!("http://{address}/{path}");
+    let ended = Session::open(&carried, Transport::SPDY, OUT).await?;
+    let ended = ended.finish().await?;
+    assert_eq!(ended.stdout, b"hello\n");
+    assert_eq!(ended.code()?, 0);
     node.finish().await
 }

@@ -1,6 +1,6 @@
 //! CRI: what the runtime says of itself.
 
-use lighter_integration::cri::{Node, newer};
+use lighter_integration::cri::{Node, Settings, newer};
 use lighter_integration::{Result, eventually};
 use lighter_proto::runtime::v1 as api;
 
@@ -45,6 +45,87 @@ async fn version_status_and_configuration_are_told() -> Result {
         .runtime()
         .update_runtime_config(api::UpdateRuntimeConfigRequest::default())
         .await?;
+    node.finish().await
+}
+
+#[tokio::test]
+async fn what_is_deprecated_is_told_unless_it_is_ignored() -> Result {
+    if newer("the condition of deprecations") {
+        return Ok(());
+    }
+    const CONDITION: &str = "ContainerdHasNoDeprecationWarnings";
+    let prefix = "io.containerd.deprecation/";
+    let ignored = format!("{prefix}cgroup-v1");
+    let settings = Settings {
+        cri: format!("enable_cdi = false\nignore_deprecation_warnings = [{ignored:?}]"),
+        ..Settings::default()
+    };
+    let node = Node::start_with(&settings).await?;
+    let told = condition(&node, CONDITION).await?;
+    assert!(!told.status, "{told:?}");
+    assert_eq!(told.reason, "ContainerdHasDeprecationWarnings");
+    let message: serde_json::Value = serde_json::from_str(&told.message)?;
+    let ids: Vec<_> = message
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(id, _)| id)
+        .collect();
+    assert_eq!(ids, [&format!("{prefix}enable-cdi")]);
+    node.finish().await?;
+    let settings = Settings {
+        cri: format!("ignore_deprecation_warnings = [{ignored:?}]"),
+        ..Settings::default()
+    };
+    let node = Node::start_with(&settings).await?;
+    let told = condition(&node, CONDITION).await?;
+    assert!(told.status && told.message.is_empty(), "{told:?}");
+    node.finish().await
+}
+
+/// The metrics page of a daemon.
+async fn page(node: &Node) -> Result<String> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let socket = node.daemon.dir().join("state").join("debug.sock");
+    let mut stream = tokio::net::UnixStream::connect(socket).await?;
+    let request = b"GET /v1/metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    stream.write_all(request).await?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await?;
+    Ok(text)
+}
+
+#[tokio::test]
+async fn calls_are_counted_and_timed() -> Result {
+    if newer("a metrics page on the debug socket") {
+        return Ok(());
+    }
+    let node = Node::start().await?;
+    let (pod, id) = node.run_idle("counted").await?;
+    node.cri.stop(&id, 0).await?;
+    node.cri.end_pod(&pod.id).await?;
+    let _ = node.cri.pull("127.0.0.1:1/nothing:1", None).await;
+    let text = page(&node).await?;
+    for name in [
+        "container_create",
+        "container_start",
+        "container_stop",
+        "sandbox_runtime_create",
+        "sandbox_runtime_stop",
+        "sandbox_remove",
+    ] {
+        let line =
+            format!("containerd_cri_{name}_seconds_count{{runtime=\"io.containerd.runc.v2\"}} 1\n");
+        assert!(text.contains(&line), "{line} in {text}");
+    }
+    for line in [
+        "containerd_cri_container_events_dropped_total 0\n",
+        "containerd_cri_sandboxed_image_pulls_total{status=\"failure\"} 1\n",
+        "containerd_cri_sandboxed_in_progress_image_pulls_total 0\n",
+        "containerd_nri_active_plugins_total 0\n",
+    ] {
+        assert!(text.contains(line), "{line} in {text}");
+    }
     node.finish().await
 }
 

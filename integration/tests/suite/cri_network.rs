@@ -103,6 +103,46 @@ async fn traffic_to_the_outside_is_masqueraded() -> Result {
 }
 
 #[tokio::test]
+async fn bandwidth_is_what_annotations_say() -> Result {
+    let node = Node::with_network().await?;
+    let plugin = json!({ "type": "bandwidth", "capabilities": { "bandwidth": true } });
+    node.network.write(&node.network.list(&[plugin]))?;
+    eventually("the list is read", async || {
+        let request = api::StatusRequest { verbose: true };
+        let status = node.cri.runtime().status(request).await?.into_inner();
+        let told = status.info.get("cniconfig").cloned().unwrap_or_default();
+        Ok(told.contains("bandwidth").then_some(()))
+    })
+    .await?;
+    let mut config = node.pod("slow");
+    let limits = [("ingress", "8M"), ("egress", "16M")];
+    for (way, rate) in limits {
+        let key = format!("kubernetes.io/{way}-bandwidth");
+        config.annotations.insert(key, rate.to_owned());
+    }
+    let pod = node.cri.run_pod(&config).await?;
+    let shaped = || -> Result<String> {
+        let output = std::process::Command::new("tc")
+            .args(["qdisc", "show"])
+            .output()?;
+        let text = String::from_utf8(output.stdout)?;
+        let lines = text.lines().filter(|l| l.contains(" tbf "));
+        Ok(lines.collect::<Vec<_>>().join("\n"))
+    };
+    let rules = shaped()?;
+    assert!(rules.contains("rate 8Mbit"), "{rules}");
+    assert!(rules.contains("rate 16Mbit"), "{rules}");
+    node.cri.end_pod(&pod.id).await?;
+    assert!(!shaped()?.contains("rate 16Mbit"), "{}", shaped()?);
+    config
+        .annotations
+        .insert("kubernetes.io/ingress-bandwidth".into(), "much".into());
+    let refused = node.cri.run_pod(&config).await.unwrap_err();
+    assert!(refused.message().contains("bandwidth"), "{refused}");
+    node.finish().await
+}
+
+#[tokio::test]
 async fn every_end_of_a_pod_frees_its_network() -> Result {
     let node = Node::with_network().await?;
     let pod = node.run_pod("ends").await?;

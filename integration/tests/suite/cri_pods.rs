@@ -404,3 +404,56 @@ async fn labels_and_annotations_reach_the_record_and_the_spec() -> Result {
     assert!(groups.contains(&format!("/{id}\n")), "{groups}");
     node.finish().await
 }
+
+#[tokio::test]
+async fn resources_of_a_pod_are_kept_and_shown() -> Result {
+    if newer("UpdatePodSandboxResources") {
+        return Ok(());
+    }
+    let mut node = Node::start().await?;
+    let (pod, _) = node.run_idle("grown").await?;
+    let info = async |node: &Node| -> Result<Value> {
+        let answer = node.cri.pod_status(&pod.id).await?;
+        Ok(serde_json::from_str(&answer.info["info"])?)
+    };
+    assert!(info(&node).await?["resources"].is_null());
+    let linux = |shares| {
+        Some(api::LinuxContainerResources {
+            cpu_shares: shares,
+            ..Default::default()
+        })
+    };
+    let request = api::UpdatePodSandboxResourcesRequest {
+        pod_sandbox_id: pod.id.clone(),
+        overhead: linux(11),
+        resources: linux(222),
+    };
+    node.cri
+        .runtime()
+        .update_pod_sandbox_resources(request)
+        .await?;
+    for restarted in [false, true] {
+        if restarted {
+            node.daemon.kill()?;
+            node.boot().await?;
+        }
+        let told = info(&node).await?;
+        let shares = |of: &str| {
+            let value = &told[of]["linux"]["cpu_shares"];
+            value.as_i64().or_else(|| value.as_str()?.parse().ok())
+        };
+        assert_eq!(shares("overhead"), Some(11), "{told}");
+        assert_eq!(shares("resources"), Some(222), "{told}");
+    }
+    let request = api::UpdatePodSandboxResourcesRequest {
+        pod_sandbox_id: "0123456789abcdef".into(),
+        ..Default::default()
+    };
+    let unknown = node
+        .cri
+        .runtime()
+        .update_pod_sandbox_resources(request)
+        .await;
+    assert_eq!(unknown.unwrap_err().code(), Code::NotFound);
+    node.finish().await
+}

@@ -250,3 +250,52 @@ async fn what_a_kill_interrupts_is_cleaned_up_and_can_be_done_again() -> Result 
     node.cri.end_pod(&pod.id).await?;
     node.finish().await
 }
+
+#[tokio::test]
+async fn records_that_cannot_be_read_are_shown_and_removed() -> Result {
+    use lighter_proto::containerd::services::containers::v1 as records;
+    if newer("records that cannot be read are shown") {
+        return Ok(());
+    }
+    let mut node = Node::with_network().await?;
+    let (pod, id) = node.run_idle("torn").await?;
+    let client = node.client().await?;
+    for (id, extension) in [
+        (&pod.id, "io.cri-containerd.sandbox.metadata"),
+        (&id, "io.cri-containerd.container.metadata"),
+    ] {
+        let request = records::GetContainerRequest { id: id.clone() };
+        let found = client.containers().get(request).await?.into_inner();
+        let mut record = found.container.unwrap_or_default();
+        if let Some(value) = record.extensions.get_mut(extension) {
+            value.value = b"{\"Version\":\"v1\",\"Metadata\":[]}".to_vec();
+        }
+        let request = records::UpdateContainerRequest {
+            container: Some(record),
+            update_mask: Some(prost_types::FieldMask {
+                paths: vec!["extensions".to_owned()],
+            }),
+        };
+        client.containers().update(request).await?;
+    }
+    node.daemon.kill()?;
+    node.boot().await?;
+    let pods = node.cri.pods(None).await?;
+    assert_eq!(pods.len(), 1, "{pods:?}");
+    assert_eq!(pods[0].state(), api::PodSandboxState::SandboxReady);
+    assert_eq!(pods[0].metadata.clone().unwrap_or_default().name, "torn");
+    let containers = node.cri.containers(None).await?;
+    assert_eq!(containers.len(), 1, "{containers:?}");
+    assert_eq!(containers[0].pod_sandbox_id, pod.id);
+    assert_eq!(
+        containers[0].metadata.clone().unwrap_or_default().name,
+        "main"
+    );
+    assert_eq!(node.cri.shell(&id, "echo here").await?, "here\n");
+    node.cri.end_pod(&pod.id).await?;
+    assert!(node.network.held().is_empty(), "{:?}", node.network.held());
+    // The name is free.
+    let (again, _) = node.run_idle("torn").await?;
+    node.cri.end_pod(&again.id).await?;
+    node.finish().await
+}
