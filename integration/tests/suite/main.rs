@@ -21,6 +21,7 @@ mod cri_info;
 mod cri_load;
 mod cri_logs;
 mod cri_network;
+mod cri_nri;
 mod cri_pods;
 mod cri_restart;
 mod cri_security;
