@@ -12,16 +12,11 @@
 //! every pending and later ticket fails.
 //!
 //! The thread ends when the last handle is dropped, after a last sync of what was applied.
-//!
-//! Export file: `lighter-kv 1\n`, then per pair key length (u32 BE), value length (u32 BE), key,
-//! value, and at the end a record of key length `u32::MAX` with the number of pairs (u64 BE).
 
-use std::collections::VecDeque;
-use std::fs::{self, File};
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll};
@@ -30,16 +25,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::{Backend, Db, Error, Hook, Key, Value};
-
-/// First line of an export; the number is the version of its format.
-const EXPORT_HEADER: &[u8] = b"lighter-kv 1\n";
-/// Key length that marks the end record of an export.
-const EXPORT_END: u32 = u32::MAX;
-/// Pairs read at a time while exporting.
-const EXPORT_PAGE: usize = 1024;
-/// Longest key or value an import accepts, in bytes.
-const IMPORT_MAX_BYTES: u32 = 64 << 20;
+use crate::{Backend, Change, Error, Hook, Key, Value};
 
 /// Progress of the committer, as everyone who waits sees it.
 #[derive(Debug, Clone)]
@@ -50,6 +36,8 @@ enum Progress {
     Failed(String),
 }
 
+/// After this long without a commit the backend may tidy up.
+const SETTLE_AFTER: Duration = Duration::from_secs(5);
 /// How often the free space is looked at while there are commits.
 const SPACE_CHECK: Duration = Duration::from_millis(200);
 /// With less than this free, in bytes, only batches that remove are accepted.
@@ -183,31 +171,58 @@ impl Shared {
 
     /// Waits for work, then syncs once. False when the thread should end.
     fn commit_next(&self) -> bool {
-        let stop = {
-            let wake = lock(&self.wake.0);
-            let mut wake = self
-                .wake
-                .1
-                .wait_while(wake, |w| !w.work && !w.stop)
-                .unwrap_or_else(PoisonError::into_inner);
-            wake.work = false;
-            wake.stop
+        let Some(stop) = self.wait_for_work() else {
+            return match guarded("checkpoint", || self.backend.settle()) {
+                Ok(()) => true,
+                Err(error) => {
+                    self.fail(&error);
+                    false
+                }
+            };
         };
         let target = self.applied.load(Ordering::Acquire);
-        if stop && is_durable(&self.progress.borrow(), target) {
-            return false;
-        }
         match guarded("sync", || self.backend.sync()) {
             Ok(()) => {
                 self.run_hooks(target);
                 self.progress.send_replace(Progress::Durable(target));
-                !stop
             }
             Err(error) => {
                 self.fail(&error);
-                false
+                return false;
             }
         }
+        if stop && let Err(error) = guarded("close", || self.backend.close()) {
+            // Nothing is lost: the next open finds it in the journal.
+            let error = lighter_proto::errdefs::render(&error);
+            tracing::warn!(%error, "the database was not closed in order");
+        }
+        !stop
+    }
+
+    /// Sleeps until there is work, and says whether it is the last; `None` when nothing came for
+    /// a while and the backend has something to tidy up.
+    fn wait_for_work(&self) -> Option<bool> {
+        let idle = |wake: &mut Wake| !wake.work && !wake.stop;
+        let unsettled = self.backend.unsettled();
+        let wake = lock(&self.wake.0);
+        let mut wake = if unsettled {
+            let (wake, waited) = self
+                .wake
+                .1
+                .wait_timeout_while(wake, SETTLE_AFTER, idle)
+                .unwrap_or_else(PoisonError::into_inner);
+            if waited.timed_out() {
+                return None;
+            }
+            wake
+        } else {
+            self.wake
+                .1
+                .wait_while(wake, idle)
+                .unwrap_or_else(PoisonError::into_inner)
+        };
+        wake.work = false;
+        Some(wake.stop)
     }
 
     fn run_hooks(&self, target: u64) {
@@ -270,7 +285,7 @@ pub(crate) struct Writer<'a> {
 impl Writer<'_> {
     pub(crate) fn apply(
         &mut self,
-        batch: &[(Key, Option<Value>)],
+        batch: &BTreeMap<Key, Option<Value>>,
         hooks: Vec<Hook>,
     ) -> Result<Durable, Error> {
         let shared = self.shared;
@@ -282,18 +297,22 @@ impl Writer<'_> {
         if batch.is_empty() && hooks.is_empty() {
             return Ok(self.ticket());
         }
-        if shared.low_space.load(Ordering::Relaxed) && batch.iter().any(|(_, v)| v.is_some()) {
+        if shared.low_space.load(Ordering::Relaxed) && batch.values().any(Option::is_some) {
             // Removing is how room is made again; look anew, the disk may have been cleared.
             shared.check_space();
             if shared.low_space.load(Ordering::Relaxed) {
                 return Err(Error::Full);
             }
         }
-        if !batch.is_empty()
-            && let Err(error) = guarded("write", || shared.backend.apply(batch))
-        {
-            shared.fail(&error);
-            return Err(error);
+        if !batch.is_empty() {
+            let changes: Vec<Change<'_>> = batch
+                .iter()
+                .map(|(key, value)| (key.as_slice(), value.as_deref()))
+                .collect();
+            if let Err(error) = guarded("write", || shared.backend.apply(&changes)) {
+                shared.fail(&error);
+                return Err(error);
+            }
         }
         let number = shared.applied.fetch_add(1, Ordering::Release) + 1;
         lock(&shared.hooks).extend(hooks.into_iter().map(|hook| (number, hook)));
@@ -374,106 +393,4 @@ impl std::task::Wake for Unpark {
 
 fn is_durable(progress: &Progress, number: u64) -> bool {
     matches!(progress, Progress::Durable(n) if *n >= number)
-}
-
-pub(crate) fn export(backend: &dyn Backend, path: &Path) -> Result<u64, Error> {
-    let failed = |source| Error::Io {
-        operation: "write export",
-        source,
-    };
-    let temporary = path.with_extension("tmp");
-    let mut out = BufWriter::new(File::create(&temporary).map_err(failed)?);
-    out.write_all(EXPORT_HEADER).map_err(failed)?;
-    let mut count = 0_u64;
-    let mut start: Key = Vec::new();
-    loop {
-        let page = backend.range(&start, None, EXPORT_PAGE)?;
-        let Some((last, _)) = page.last() else { break };
-        start = last.clone();
-        start.push(0);
-        for (key, value) in &page {
-            write_pair(&mut out, key, value).map_err(failed)?;
-            count += 1;
-        }
-    }
-    out.write_all(&EXPORT_END.to_be_bytes()).map_err(failed)?;
-    out.write_all(&count.to_be_bytes()).map_err(failed)?;
-    let file = out.into_inner().map_err(|e| failed(e.into_error()))?;
-    file.sync_all().map_err(failed)?;
-    fs::rename(&temporary, path).map_err(failed)?;
-    if let Some(parent) = path.parent() {
-        File::open(parent)
-            .and_then(|dir| dir.sync_all())
-            .map_err(failed)?;
-    }
-    Ok(count)
-}
-
-fn write_pair(out: &mut impl Write, key: &[u8], value: &[u8]) -> io::Result<()> {
-    let length = |bytes: &[u8]| u32::try_from(bytes.len()).map_err(io::Error::other);
-    out.write_all(&length(key)?.to_be_bytes())?;
-    out.write_all(&length(value)?.to_be_bytes())?;
-    out.write_all(key)?;
-    out.write_all(value)
-}
-
-pub(crate) fn import(db: &Db, path: &Path) -> Result<u64, Error> {
-    let damaged = |reason: &str| Error::Corrupt {
-        path: path.to_owned(),
-        reason: reason.to_owned(),
-    };
-    let file = File::open(path).map_err(|source| Error::Io {
-        operation: "open export",
-        source,
-    })?;
-    let mut input = BufReader::new(file);
-    let mut header = vec![0; EXPORT_HEADER.len()];
-    input
-        .read_exact(&mut header)
-        .map_err(|_| damaged("no header"))?;
-    if header != EXPORT_HEADER {
-        return Err(damaged("unknown header"));
-    }
-    let mut pairs = Vec::new();
-    loop {
-        let key_length = read_u32(&mut input).map_err(|_| damaged("cut short"))?;
-        if key_length == EXPORT_END {
-            let mut count = [0; 8];
-            input
-                .read_exact(&mut count)
-                .map_err(|_| damaged("cut short"))?;
-            if u64::from_be_bytes(count) != pairs.len() as u64 {
-                return Err(damaged("wrong number of pairs"));
-            }
-            break;
-        }
-        let value_length = read_u32(&mut input).map_err(|_| damaged("cut short"))?;
-        if key_length > IMPORT_MAX_BYTES || value_length > IMPORT_MAX_BYTES {
-            return Err(damaged("a record is too long"));
-        }
-        let mut key = vec![0; key_length as usize];
-        let mut value = vec![0; value_length as usize];
-        input
-            .read_exact(&mut key)
-            .map_err(|_| damaged("cut short"))?;
-        input
-            .read_exact(&mut value)
-            .map_err(|_| damaged("cut short"))?;
-        pairs.push((key, value));
-    }
-    let count = pairs.len() as u64;
-    let ((), ticket) = db.update(|tx| {
-        for (key, value) in pairs {
-            tx.put(key, value);
-        }
-        Ok::<_, Error>(())
-    })?;
-    ticket.wait_blocking()?;
-    Ok(count)
-}
-
-fn read_u32(input: &mut impl Read) -> io::Result<u32> {
-    let mut bytes = [0; 4];
-    input.read_exact(&mut bytes)?;
-    Ok(u32::from_be_bytes(bytes))
 }

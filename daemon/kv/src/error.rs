@@ -42,6 +42,16 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// A failed system call; a full disk is told apart.
+    pub(crate) fn io(operation: &'static str, source: io::Error) -> Self {
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full,
+            _ => Self::Io { operation, source },
+        }
+    }
+}
+
 impl Classify for Error {
     fn kind(&self) -> ErrorKind {
         match self {

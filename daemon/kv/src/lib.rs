@@ -3,8 +3,9 @@
 //! Everything durable that is small lives in one ordered key space. [`Db::update`] runs a closure
 //! against the current state under the writer lock, applies what it wrote as one atomic batch, and
 //! hands back a [`Durable`] ticket; the committer thread then makes all batches that are waiting
-//! durable with one flush and one `fdatasync`, and releases their tickets together. Nobody is told
-//! that a change stands before its ticket is released.
+//! durable with one write to the journal and one `fdatasync`, and releases their tickets together.
+//! Nobody is told that a change stands before its ticket is released. The store behind the journal
+//! gets the changes later, many at a time.
 //!
 //! A read may see a change whose ticket is still pending; it never sees half a batch.
 //!
@@ -13,7 +14,11 @@
 
 mod commit;
 mod error;
+mod export;
+mod journal;
+mod layered;
 mod memory;
+mod overlay;
 mod recover;
 mod sled;
 
@@ -29,25 +34,66 @@ pub type Key = Vec<u8>;
 /// A value; keep it under 32 KiB, larger things belong in files.
 pub type Value = Vec<u8>;
 
+/// A key and its new value; `None` removes it.
+pub(crate) type Change<'a> = (&'a [u8], Option<&'a [u8]>);
+
 /// What a backend must do: point reads, ordered scans, and atomic batches.
 ///
 /// A batch is visible when `apply` returns and durable when a later `sync` returns.
 pub(crate) trait Backend: Send + Sync + std::fmt::Debug {
     fn get(&self, key: &[u8]) -> Result<Option<Value>, Error>;
+    /// Shows pairs with `start <= key < end` in order, at most `limit` of them, until it says false.
+    fn visit(
+        &self,
+        start: &[u8],
+        end: Option<&[u8]>,
+        limit: usize,
+        seen: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), Error>;
+    fn apply(&self, batch: &[Change<'_>]) -> Result<(), Error>;
+    fn sync(&self) -> Result<(), Error>;
+    /// Room left on the disk, where there is one.
+    fn free_bytes(&self) -> Option<u64> {
+        None
+    }
+    /// Gives a full disk some room, once. Whether it did.
+    fn make_room(&self) -> bool {
+        false
+    }
+    /// Number of the newest durable commit, where commits have numbers that outlive the process.
+    fn sequence(&self) -> u64 {
+        0
+    }
+    /// Whether there is something for [`Backend::settle`] to do.
+    fn unsettled(&self) -> bool {
+        false
+    }
+    /// Does what can wait for a quiet moment. Called by the committer.
+    fn settle(&self) -> Result<(), Error> {
+        Ok(())
+    }
+    /// Leaves as little as possible for the next open to do. Called by the committer, last.
+    fn close(&self) -> Result<(), Error> {
+        Ok(())
+    }
     /// Pairs with `start <= key < end` in order, at most `limit` of them.
     fn range(
         &self,
         start: &[u8],
         end: Option<&[u8]>,
         limit: usize,
-    ) -> Result<Vec<(Key, Value)>, Error>;
-    fn apply(&self, batch: &[(Key, Option<Value>)]) -> Result<(), Error>;
-    fn sync(&self) -> Result<(), Error>;
-    /// Room left on the disk, where there is one.
-    fn free_bytes(&self) -> Option<u64> {
-        None
+    ) -> Result<Vec<(Key, Value)>, Error> {
+        let mut found = Vec::new();
+        self.visit(start, end, limit, &mut |key, value| {
+            found.push((key.to_vec(), value.to_vec()));
+            true
+        })?;
+        Ok(found)
     }
 }
+
+/// Pairs that an import writes at a time.
+const IMPORT_PART: usize = 256;
 
 /// What runs on the committer once a change is durable, before its ticket is released.
 pub(crate) type Hook = Box<dyn FnOnce() + Send>;
@@ -59,6 +105,9 @@ pub struct Options {
     pub cache_bytes: u64,
     /// Bytes kept allocated beside the database, given back when the disk is full.
     pub ballast_bytes: u64,
+    /// Bytes of each of the journal's two segments, which stay allocated beside the database; 0 for
+    /// no journal: each commit then waits for the store itself.
+    pub journal_bytes: u64,
 }
 
 impl Default for Options {
@@ -66,6 +115,7 @@ impl Default for Options {
         Self {
             cache_bytes: 16 << 20,
             ballast_bytes: 16 << 20,
+            journal_bytes: 4 << 20,
         }
     }
 }
@@ -83,11 +133,10 @@ impl Db {
     /// [`Error::Locked`] when another process has it open, [`Error::Corrupt`] when what is on disk
     /// cannot be read, [`Error::Io`] and [`Error::Full`] when the system refuses.
     pub fn open(path: &Path, options: &Options) -> Result<Self, Error> {
-        let backend = sled::Sled::open(path, options)?;
-        Self::over(Box::new(backend))
+        recover::open_whole(path, options)
     }
 
-    fn over(backend: Box<dyn Backend>) -> Result<Self, Error> {
+    pub(crate) fn over(backend: Box<dyn Backend>) -> Result<Self, Error> {
         Ok(Self {
             shared: Arc::new(commit::Handle::start(backend)?),
         })
@@ -115,6 +164,20 @@ impl Db {
     /// When the database failed.
     pub fn scan(&self, prefix: &[u8]) -> Result<Vec<(Key, Value)>, Error> {
         self.range(prefix, prefix_end(prefix).as_deref(), usize::MAX)
+    }
+
+    /// Shows all pairs whose key starts with `prefix`, in key order, without copying them. No batch
+    /// is seen by half. Checkpoints wait meanwhile: `seen` must be short, and must not scan.
+    ///
+    /// # Errors
+    /// When the database failed.
+    pub fn visit(&self, prefix: &[u8], mut seen: impl FnMut(&[u8], &[u8])) -> Result<(), Error> {
+        let end = prefix_end(prefix);
+        let backend = self.shared.backend();
+        backend.visit(prefix, end.as_deref(), usize::MAX, &mut |key, value| {
+            seen(key, value);
+            true
+        })
     }
 
     /// Whether any key starts with `prefix`.
@@ -158,8 +221,7 @@ impl Db {
             hooks: Vec::new(),
         };
         let result = change(&mut tx)?;
-        let batch: Vec<_> = tx.writes.into_iter().collect();
-        let ticket = writer.apply(&batch, tx.hooks).map_err(E::from)?;
+        let ticket = writer.apply(&tx.writes, tx.hooks).map_err(E::from)?;
         Ok((result, ticket))
     }
 
@@ -179,12 +241,12 @@ impl Db {
         self.shared.writer().ticket()
     }
 
-    /// Writes all pairs to `path` in a form of its own (see `commit.rs`), atomically and durably.
+    /// Writes all pairs to `path` in a form of its own (see `export.rs`), atomically and durably.
     ///
     /// # Errors
     /// When the file cannot be written or the database read.
     pub fn export(&self, path: &Path) -> Result<u64, Error> {
-        commit::export(self.shared.backend(), path)
+        export::write(self.shared.backend(), path)
     }
 
     /// Fills an empty database from an export. Returns the number of pairs.
@@ -192,7 +254,17 @@ impl Db {
     /// # Errors
     /// [`Error::Corrupt`] when the file is not a whole export.
     pub fn import(&self, path: &Path) -> Result<u64, Error> {
-        commit::import(self, path)
+        let pairs = export::read(path)?.pairs;
+        for part in pairs.chunks(IMPORT_PART) {
+            let ((), ticket) = self.update(|tx| {
+                for (key, value) in part {
+                    tx.put(key.clone(), value.clone());
+                }
+                Ok::<_, Error>(())
+            })?;
+            ticket.wait_blocking()?;
+        }
+        Ok(pairs.len() as u64)
     }
 }
 

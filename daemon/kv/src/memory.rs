@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::{PoisonError, RwLock};
 
-use crate::{Backend, Error, Key, Value};
+use crate::{Backend, Change, Error, Key, Value};
 
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
@@ -21,30 +21,35 @@ impl Backend for Memory {
             .cloned())
     }
 
-    fn range(
+    fn visit(
         &self,
         start: &[u8],
         end: Option<&[u8]>,
         limit: usize,
-    ) -> Result<Vec<(Key, Value)>, Error> {
+        seen: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), Error> {
         let upper = end.map_or(Bound::Unbounded, Bound::Excluded);
         if end.is_some_and(|end| start >= end) {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let pairs = self.pairs.read().unwrap_or_else(PoisonError::into_inner);
-        Ok(pairs
+        for (key, value) in pairs
             .range::<[u8], _>((Bound::Included(start), upper))
             .take(limit)
-            .map(|(k, v)| (k.clone(), v.clone()))
-            .collect())
+        {
+            if !seen(key, value) {
+                break;
+            }
+        }
+        Ok(())
     }
 
-    fn apply(&self, batch: &[(Key, Option<Value>)]) -> Result<(), Error> {
+    fn apply(&self, batch: &[Change<'_>]) -> Result<(), Error> {
         let mut pairs = self.pairs.write().unwrap_or_else(PoisonError::into_inner);
         for (key, value) in batch {
             match value {
-                Some(value) => pairs.insert(key.clone(), value.clone()),
-                None => pairs.remove(key),
+                Some(value) => pairs.insert(key.to_vec(), value.to_vec()),
+                None => pairs.remove(*key),
             };
         }
         Ok(())

@@ -13,10 +13,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::{Backend, Error, Key, Options, Value};
+use crate::{Backend, Change, Error, Options, Value};
 
-/// Milliseconds between sled's own flushes; they drive its garbage collection.
-const FLUSH_EVERY_MS: u64 = 500;
+/// Milliseconds between sled's own flushes; they drive its garbage collection. What commits wait for
+/// is the journal, so they need not be frequent.
+const FLUSH_EVERY_MS: u64 = 2000;
 
 #[derive(Debug)]
 pub(crate) struct Sled {
@@ -29,16 +30,16 @@ pub(crate) struct Sled {
 impl Sled {
     pub(crate) fn open(path: &Path, options: &Options) -> Result<Self, Error> {
         let fresh = !path.join("db").exists();
-        fs::create_dir_all(path).map_err(|e| io_error("create directory", e))?;
+        fs::create_dir_all(path).map_err(|e| Error::io("create directory", e))?;
         let ballast = path.join("ballast");
         let db = match Self::try_open(path, options) {
             Err(Error::Full) if ballast.exists() => {
-                fs::remove_file(&ballast).map_err(|e| io_error("release ballast", e))?;
+                fs::remove_file(&ballast).map_err(|e| Error::io("release ballast", e))?;
                 Self::try_open(path, options)?
             }
             other => other?,
         };
-        let log = File::open(path.join("db")).map_err(|e| io_error("open log", e))?;
+        let log = File::open(path.join("db")).map_err(|e| Error::io("open log", e))?;
         let store = Self {
             db,
             log,
@@ -95,18 +96,12 @@ impl Sled {
         }
     }
 
-    /// Gives the reserve back to a full disk, once. Whether it made room.
-    fn release_ballast(&self) -> bool {
-        !self.ballast_released.swap(true, Ordering::Relaxed)
-            && fs::remove_file(&self.ballast).is_ok()
-    }
-
-    fn apply_once(&self, batch: &[(Key, Option<Value>)]) -> Result<(), sled::Error> {
+    fn apply_once(&self, batch: &[Change<'_>]) -> Result<(), sled::Error> {
         let mut changes = sled::Batch::default();
         for (key, value) in batch {
             match value {
-                Some(value) => changes.insert(key.as_slice(), value.as_slice()),
-                None => changes.remove(key.as_slice()),
+                Some(value) => changes.insert(*key, *value),
+                None => changes.remove(*key),
             }
         }
         self.db.apply_batch(changes)
@@ -119,28 +114,30 @@ impl Backend for Sled {
         Ok(found.map(|value| value.to_vec()))
     }
 
-    fn range(
+    fn visit(
         &self,
         start: &[u8],
         end: Option<&[u8]>,
         limit: usize,
-    ) -> Result<Vec<(Key, Value)>, Error> {
+        seen: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), Error> {
         if end.is_some_and(|end| start >= end) {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let iter = match end {
             Some(end) => self.db.range(start..end),
             None => self.db.range(start..),
         };
-        iter.take(limit)
-            .map(|pair| {
-                let (key, value) = pair.map_err(|e| operation_error("scan", e))?;
-                Ok((key.to_vec(), value.to_vec()))
-            })
-            .collect()
+        for pair in iter.take(limit) {
+            let (key, value) = pair.map_err(|e| operation_error("scan", e))?;
+            if !seen(&key, &value) {
+                break;
+            }
+        }
+        Ok(())
     }
 
-    fn apply(&self, batch: &[(Key, Option<Value>)]) -> Result<(), Error> {
+    fn apply(&self, batch: &[Change<'_>]) -> Result<(), Error> {
         if batch.is_empty() {
             return Ok(());
         }
@@ -148,7 +145,7 @@ impl Backend for Sled {
             .apply_once(batch)
             .map_err(|e| operation_error("write", e))
         {
-            Err(Error::Full) if self.release_ballast() => self
+            Err(Error::Full) if self.make_room() => self
                 .apply_once(batch)
                 .map_err(|e| operation_error("write", e)),
             other => other,
@@ -157,14 +154,19 @@ impl Backend for Sled {
 
     fn sync(&self) -> Result<(), Error> {
         match self.db.flush().map_err(|e| operation_error("flush", e)) {
-            Err(Error::Full) if self.release_ballast() => {
+            Err(Error::Full) if self.make_room() => {
                 self.db.flush().map_err(|e| operation_error("flush", e))?;
             }
             other => {
                 other?;
             }
         }
-        self.log.sync_data().map_err(|e| io_error("fdatasync", e))
+        self.log.sync_data().map_err(|e| Error::io("fdatasync", e))
+    }
+
+    fn make_room(&self) -> bool {
+        !self.ballast_released.swap(true, Ordering::Relaxed)
+            && fs::remove_file(&self.ballast).is_ok()
     }
 
     fn free_bytes(&self) -> Option<u64> {
@@ -176,7 +178,7 @@ impl Backend for Sled {
 fn sync_dir(path: &Path) -> Result<(), Error> {
     File::open(path)
         .and_then(|dir| dir.sync_all())
-        .map_err(|e| io_error("sync directory", e))
+        .map_err(|e| Error::io("sync directory", e))
 }
 
 fn open_error(path: &Path, error: sled::Error) -> Error {
@@ -188,7 +190,7 @@ fn open_error(path: &Path, error: sled::Error) -> Error {
         sled::Error::Io(e) if e.to_string().contains("could not acquire lock") => Error::Locked {
             path: path.to_owned(),
         },
-        sled::Error::Io(e) => io_error("open", e),
+        sled::Error::Io(e) => Error::io("open", e),
         other => Error::Corrupt {
             path: path.to_owned(),
             reason: other.to_string(),
@@ -198,17 +200,10 @@ fn open_error(path: &Path, error: sled::Error) -> Error {
 
 fn operation_error(operation: &'static str, error: sled::Error) -> Error {
     match error {
-        sled::Error::Io(e) => io_error(operation, e),
+        sled::Error::Io(e) => Error::io(operation, e),
         other => Error::Io {
             operation,
             source: io::Error::other(other),
         },
-    }
-}
-
-fn io_error(operation: &'static str, source: io::Error) -> Error {
-    match source.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::Full,
-        _ => Error::Io { operation, source },
     }
 }

@@ -32,6 +32,7 @@ async fn what_was_awaited_survives_reopening() {
     let dir = tempfile::tempdir().unwrap();
     let options = Options {
         ballast_bytes: 4096,
+        journal_bytes: 64 << 10,
         ..Options::default()
     };
     let db = Db::open(dir.path(), &options).unwrap();
@@ -102,6 +103,7 @@ fn a_damaged_database_is_rebuilt_from_its_export() {
     let path = dir.path().join("db");
     let options = Options {
         ballast_bytes: 0,
+        journal_bytes: 64 << 10,
         ..Options::default()
     };
     let (db, opened) = Db::open_or_rebuild(&path, &options).unwrap();
@@ -112,15 +114,96 @@ fn a_damaged_database_is_rebuilt_from_its_export() {
             .unwrap();
     }
     db.export(&export_path(&path)).unwrap();
+    for n in 500..520 {
+        put(&db, &format!("k{n}"), "v").wait_blocking().unwrap();
+    }
     drop(db);
     // sled reads its configuration first: a wrecked one is damage that it names.
     std::fs::write(path.join("conf"), b"no configuration").unwrap();
     let (db, opened) = Db::open_or_rebuild(&path, &options).unwrap();
-    let Opened::Rebuilt { damaged, pairs } = opened else {
+    let Opened::Rebuilt {
+        damaged,
+        pairs,
+        replayed,
+    } = opened
+    else {
         panic!("the damage was not seen");
     };
     assert!(damaged.join("db").exists());
-    assert_eq!((pairs, db.scan(b"k").unwrap().len()), (Some(500), 500));
+    assert_eq!(
+        (pairs, replayed, db.scan(b"k").unwrap().len()),
+        (Some(500), 20, 520)
+    );
+    // And once more: the numbers go on where the old journal ended.
+    put(&db, "k last", "v").wait_blocking().unwrap();
+    drop(db);
+    std::fs::write(path.join("conf"), b"no configuration").unwrap();
+    let (db, _) = Db::open_or_rebuild(&path, &options).unwrap();
+    assert_eq!(db.scan(b"k").unwrap().len(), 521);
+}
+
+#[test]
+fn a_damaged_journal_is_told_and_everything_else_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("db");
+    let options = Options {
+        ballast_bytes: 0,
+        journal_bytes: 64 << 10,
+        ..Options::default()
+    };
+    drop(Db::open(&path, &options).unwrap());
+    let copy = dir.path().join("copy");
+    std::fs::create_dir(&copy).unwrap();
+    let db = Db::open(&path, &options).unwrap();
+    for n in 0..5 {
+        put(&db, &format!("k{n}"), "v").wait_blocking().unwrap();
+    }
+    // What a killed daemon leaves.
+    for file in ["db", "conf", "journal-0", "journal-1"] {
+        std::fs::copy(path.join(file), copy.join(file)).unwrap();
+    }
+    drop(db);
+    let segment = copy.join("journal-1");
+    let mut bytes = std::fs::read(&segment).unwrap();
+    let third = bytes.windows(2).position(|w| w == b"k2").unwrap();
+    bytes[third] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+    assert!(matches!(
+        Db::open(&copy, &options),
+        Err(Error::Corrupt { .. })
+    ));
+    let (db, opened) = Db::open_or_rebuild(&copy, &options).unwrap();
+    let Opened::Mended { reason } = opened else {
+        panic!("the damage was not seen");
+    };
+    assert!(reason.contains("are missing"), "{reason}");
+    let keys: Vec<_> = db.scan(b"k").unwrap().into_iter().map(|(k, _)| k).collect();
+    assert_eq!(keys, [b"k0", b"k1", b"k3", b"k4"]);
+    assert!(copy.join("journal-1.damaged-0").exists());
+    drop(db);
+    let (_db, opened) = Db::open_or_rebuild(&copy, &options).unwrap();
+    assert_eq!(opened, Opened::Whole, "told once");
+}
+
+#[test]
+fn a_database_without_a_journal_opens_with_one_and_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let without = Options {
+        ballast_bytes: 0,
+        journal_bytes: 0,
+        ..Options::default()
+    };
+    let with = Options {
+        journal_bytes: 64 << 10,
+        ..without.clone()
+    };
+    for (n, options) in [&without, &with, &without, &with].into_iter().enumerate() {
+        let db = Db::open(dir.path(), options).unwrap();
+        assert_eq!(db.scan(b"k").unwrap().len(), n);
+        put(&db, &format!("k{n}"), &"v".repeat(40_000))
+            .wait_blocking()
+            .unwrap();
+    }
 }
 
 /// The child of the next test: writes until it is killed, says what was acknowledged.
@@ -225,7 +308,7 @@ proptest! {
     fn a_change_sees_its_own_writes(before in proptest::collection::vec(op(), 0..20),
                                     inside in proptest::collection::vec(op(), 0..20)) {
         let dir = tempfile::tempdir().unwrap();
-        let options = Options { ballast_bytes: 0, ..Options::default() };
+        let options = Options { ballast_bytes: 0, journal_bytes: 64 << 10, ..Options::default() };
         let db = Db::open(dir.path(), &options).unwrap();
         let mut model = BTreeMap::new();
         for ops in [before, inside] {
