@@ -12,7 +12,6 @@ use lighter_engine::runtime::Manager;
 use lighter_engine::sandbox::Sandboxes;
 use lighter_engine::streaming::Streams;
 use lighter_engine::transfer::Transfer;
-use lighter_proto::containerd::services::containers::v1::containers_server::ContainersServer;
 use lighter_proto::containerd::services::content::v1::content_server::ContentServer;
 use lighter_proto::containerd::services::diff::v1::diff_server::DiffServer;
 use lighter_proto::containerd::services::events::v1::events_server::EventsServer;
@@ -38,7 +37,7 @@ use tonic::service::Routes;
 use crate::config::MessageLimits;
 use crate::plugin::Graph;
 use crate::plugin::builtins::kind;
-use crate::services::containers::ContainersService;
+use crate::services::containers::ContainersEdge;
 use crate::services::content::{ContentService, Reads};
 use crate::services::diff::DiffService;
 use crate::services::disk::DiskService;
@@ -153,11 +152,9 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits, graph: &Grap
         SnapshotsService::new(db.clone())
     );
     serve!("images", ImagesServer, images);
-    serve!(
-        "containers",
-        ContainersServer,
-        ContainersService::new(db.clone())
-    );
+    if graph.works(kind::GRPC, "containers") {
+        routes = routes.add_service(ContainersEdge::new(db.clone(), limits));
+    }
     serve!(
         "tasks",
         TasksServer,

@@ -1,16 +1,28 @@
 //! `containerd.services.containers.v1.Containers`
 
+use std::convert::Infallible;
+use std::task::Poll;
 use std::time::SystemTime;
 
+use bytes::Bytes;
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use futures::stream::{self, BoxStream, StreamExt as _};
 use lighter_proto::containerd::services::containers::v1 as wire;
-use lighter_proto::containerd::services::containers::v1::containers_server::Containers;
+use lighter_proto::containerd::services::containers::v1::containers_server::{
+    Containers, ContainersServer, SERVICE_NAME,
+};
 use lighter_proto::errdefs::into_status;
 use lighter_proto::time::to_timestamp;
 use lighter_store::Identifier;
-use lighter_store::metadata::{Container, Db, Runtime};
+use lighter_store::metadata::{Container, Db, EncodedContainers, Runtime};
+use tonic::body::Body;
+use tonic::server::NamedService;
 use tonic::{Request, Response, Status};
 
+use crate::config::MessageLimits;
+
+use super::encoded;
 use super::scope::scope_of;
 use super::wire::{filter, invalid, labels, paths, required, unordered};
 
@@ -21,19 +33,83 @@ pub(crate) struct ContainersService {
 }
 
 impl ContainersService {
-    /// Over the records of `db`.
-    pub(crate) fn new(db: Db) -> Self {
-        Self { db }
+    fn found(&self, request: &Request<wire::GetContainerRequest>) -> Result<Bytes, Status> {
+        let scope = scope_of(request)?;
+        let found = self.db.containers();
+        let found = found.get_encoded(&scope, &request.get_ref().id);
+        found.map_err(into_status)
     }
 
     fn matching(
         &self,
         request: &Request<wire::ListContainersRequest>,
-    ) -> Result<Vec<Container>, Status> {
+    ) -> Result<EncodedContainers, Status> {
         let scope = scope_of(request)?;
         let filter = filter(&request.get_ref().filters)?;
-        let found = self.db.containers().list(&scope, &filter);
+        let found = self.db.containers().list_encoded(&scope, &filter);
         found.map_err(into_status)
+    }
+}
+
+/// The service as it is served: what reads is answered with bytes as they are stored, and the rest
+/// by the generated server.
+#[derive(Debug, Clone)]
+pub(crate) struct ContainersEdge {
+    service: ContainersService,
+    rest: ContainersServer<ContainersService>,
+    limits: MessageLimits,
+}
+
+impl ContainersEdge {
+    /// Over the records of `db`.
+    pub(crate) fn new(db: Db, limits: MessageLimits) -> Self {
+        let service = ContainersService { db };
+        let rest = ContainersServer::new(service.clone())
+            .max_decoding_message_size(limits.receive_bytes)
+            .max_encoding_message_size(limits.send_bytes);
+        Self {
+            service,
+            rest,
+            limits,
+        }
+    }
+}
+
+impl NamedService for ContainersEdge {
+    const NAME: &'static str = SERVICE_NAME;
+}
+
+impl tower::Service<http::Request<Body>> for ContainersEdge {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let (service, limits) = (self.service.clone(), self.limits);
+        let method = request.uri().path().rsplit('/').next().unwrap_or_default();
+        match method {
+            "Get" => {
+                let answer = encoded::Unary(move |request: Request<_>| service.found(&request));
+                encoded::unary(answer, limits, request).boxed()
+            }
+            "List" => {
+                let answer = encoded::Unary(move |request: Request<_>| {
+                    service.matching(&request).map(EncodedContainers::joined)
+                });
+                encoded::unary(answer, limits, request).boxed()
+            }
+            "ListStream" => {
+                let answer = encoded::Streaming(move |request: Request<_>| {
+                    service.matching(&request).map(EncodedContainers::split)
+                });
+                encoded::streaming(answer, limits, request).boxed()
+            }
+            _ => self.rest.call(request),
+        }
     }
 }
 
@@ -84,21 +160,14 @@ impl Containers for ContainersService {
         &self,
         request: Request<wire::GetContainerRequest>,
     ) -> Result<Response<wire::GetContainerResponse>, Status> {
-        let scope = scope_of(&request)?;
-        let found = self.db.containers().get(&scope, &request.get_ref().id);
-        Ok(Response::new(wire::GetContainerResponse {
-            container: Some(encode(found.map_err(into_status)?)),
-        }))
+        encoded::decoded(self.found(&request)?)
     }
 
     async fn list(
         &self,
         request: Request<wire::ListContainersRequest>,
     ) -> Result<Response<wire::ListContainersResponse>, Status> {
-        let found = self.matching(&request)?;
-        Ok(Response::new(wire::ListContainersResponse {
-            containers: found.into_iter().map(encode).collect(),
-        }))
+        encoded::decoded(self.matching(&request)?.joined())
     }
 
     type ListStreamStream = BoxStream<'static, Result<wire::ListContainerMessage, Status>>;
@@ -107,13 +176,9 @@ impl Containers for ContainersService {
         &self,
         request: Request<wire::ListContainersRequest>,
     ) -> Result<Response<Self::ListStreamStream>, Status> {
-        let found = self.matching(&request)?;
-        let messages = stream::iter(found).map(|container| {
-            Ok(wire::ListContainerMessage {
-                container: Some(encode(container)),
-            })
-        });
-        Ok(Response::new(messages.boxed()))
+        let found = self.matching(&request)?.split();
+        let messages = found.map(|message| encoded::decoded(message).map(Response::into_inner));
+        Ok(Response::new(stream::iter(messages).boxed()))
     }
 
     async fn create(

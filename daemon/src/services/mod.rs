@@ -4,6 +4,7 @@ pub(crate) mod containers;
 pub(crate) mod content;
 pub(crate) mod diff;
 pub(crate) mod disk;
+pub(crate) mod encoded;
 pub(crate) mod events;
 pub(crate) mod images;
 pub(crate) mod introspection;

@@ -5,15 +5,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use bytes::Bytes;
 use lighter_proto::containerd::events::{
     ContainerCreate, ContainerDelete, ContainerUpdate, container_create,
 };
 use prost_types::Any;
 
 use super::db::Inner;
+use super::encoded::EncodedContainers;
 use super::keys::{self, table};
 use super::mask;
-use super::records::{ContainerRecord, RuntimeRecord, Stamps};
+use super::records::{ContainerRecord, RuntimeRecord, Stamps, decode};
 use crate::events::topic;
 use crate::filter::{self, Fields, Filter};
 use crate::{Error, Identifier, Labels, Scope, labels};
@@ -240,6 +242,45 @@ impl Containers {
         Ok(found)
     }
 
+    /// The record [`Containers::get`] finds, as a message of the API that has it in field 1.
+    ///
+    /// # Errors
+    /// Those of `get`.
+    pub fn get_encoded(&self, scope: &Scope, id: &str) -> Result<Bytes, Error> {
+        let key = keys::object(table::CONTAINERS, &scope.namespace, id);
+        let record = self
+            .inner
+            .kv
+            .get(&key)?
+            .ok_or_else(|| not_found(scope, id))?;
+        let mut encoded = EncodedContainers::default();
+        match encoded.push(id.as_bytes(), &record) {
+            Some(()) => Ok(encoded.joined()),
+            None => Err(damaged(id)),
+        }
+    }
+
+    /// The records [`Containers::list`] finds, as messages of the API.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn list_encoded(&self, scope: &Scope, filter: &Filter) -> Result<EncodedContainers, Error> {
+        let prefix = keys::in_namespace(table::CONTAINERS, &scope.namespace).prefix();
+        let (mut encoded, mut failed) = (EncodedContainers::default(), None);
+        self.inner.kv.visit(&prefix, |key, value| {
+            let id = &key[prefix.len()..];
+            if failed.is_none()
+                && let Err(error) = push_matching(&mut encoded, id, value, filter)
+            {
+                failed = Some(error);
+            }
+        })?;
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(encoded),
+        }
+    }
+
     /// Changes what `mask` names (all that may change when empty). Event `/containers/update`.
     ///
     /// # Errors
@@ -300,6 +341,29 @@ impl Containers {
                 Ok(())
             })
             .await
+    }
+}
+
+/// Appends the record of `id` when it matches.
+fn push_matching(
+    encoded: &mut EncodedContainers,
+    id: &[u8],
+    record: &[u8],
+    filter: &Filter,
+) -> Result<(), Error> {
+    let name = String::from_utf8_lossy(id);
+    if !filter.is_all() {
+        let record = decode(record, || format!("container {name:?}"))?;
+        if !filter.matches(&Container::of(Identifier::new(&name)?, record)) {
+            return Ok(());
+        }
+    }
+    encoded.push(id, record).ok_or_else(|| damaged(&name))
+}
+
+fn damaged(id: &str) -> Error {
+    Error::Damaged {
+        what: format!("container {id:?}"),
     }
 }
 

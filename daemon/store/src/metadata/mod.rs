@@ -15,6 +15,7 @@ pub mod snapshots;
 pub mod collect;
 mod db;
 pub mod edges;
+mod encoded;
 mod keys;
 mod mask;
 mod records;
@@ -26,6 +27,7 @@ use lighter_snapshotter::Snapshotter;
 
 pub use self::containers::{Container, Containers, Runtime};
 pub use self::content::Content;
+pub use self::encoded::EncodedContainers;
 pub use self::images::{Descriptor, Image, Images};
 pub use self::leases::{Lease, Leases, Resource};
 pub use self::namespaces::Namespaces;
