@@ -151,19 +151,19 @@ impl Layered {
         frame.shrink_to(SPARE_BYTES);
         log.spare = frame;
         match frozen {
-            Some(frozen) => self.start_checkpoint(log, frozen),
+            Some(frozen) => self.start_checkpoint(log, &frozen),
             None => Ok(()),
         }
     }
 
-    fn start_checkpoint(&self, log: &mut Log, frozen: Arc<Table>) -> Result<(), Error> {
+    fn start_checkpoint(&self, log: &mut Log, frozen: &Arc<Table>) -> Result<(), Error> {
         let covers = log.journal.sequence();
         let (parts, table) = (self.parts.clone(), frozen.clone());
         let thread = std::thread::Builder::new().name("checkpoint".to_owned());
         match thread.spawn(move || parts.copy_down(&table)) {
             Ok(thread) => log.running = Some(Running { covers, thread }),
             Err(_no_thread) => {
-                self.parts.copy_down(&frozen)?;
+                self.parts.copy_down(frozen)?;
                 log.checkpoint = covers;
             }
         }
@@ -371,7 +371,7 @@ impl Backend for Layered {
         if overlay.pending_bytes() == 0 {
             let frozen = overlay.freeze();
             drop(overlay);
-            self.start_checkpoint(&mut log, frozen)?;
+            self.start_checkpoint(&mut log, &frozen)?;
         }
         Ok(())
     }

@@ -7,7 +7,8 @@ use proptest::prelude::*;
 use super::segment::{Scan, frame_bytes, scan};
 use super::*;
 
-pub(crate) const CAPACITY: u64 = 64 << 10;
+const BYTES: usize = 64 << 10;
+pub(crate) const CAPACITY: u64 = BYTES as u64;
 const SECTOR: usize = 512;
 
 /// Bytes that a power cut leaves half of.
@@ -48,7 +49,7 @@ fn put(bytes: &mut Vec<u8>, offset: usize, part: &[u8]) {
 impl Fragile {
     pub(crate) fn laid() -> Arc<Self> {
         let state = State {
-            durable: vec![0; CAPACITY as usize],
+            durable: vec![0; BYTES],
             unsynced: Vec::new(),
             left: None,
         };
@@ -164,7 +165,7 @@ fn a_commit_larger_than_a_segment_comes_back() {
     let media = [Fragile::laid(), Fragile::laid()];
     let mut journal = fresh(&media);
     journal.append(&mut frame(1, 10), 0).unwrap();
-    let mut large = frame(2, 3 * CAPACITY as usize);
+    let mut large = frame(2, 3 * BYTES);
     assert!(!journal.fits(large.len()));
     journal.begin(journal.sequence()).unwrap();
     journal.append(&mut large, 0).unwrap();
