@@ -14,27 +14,17 @@
 //! The thread ends when the last handle is dropped, after a last sync of what was applied.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::future::Future;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use crate::ticket::{Durable, Progress};
 use crate::{Backend, Change, Error, Hook, Key, Value};
-
-/// Progress of the committer, as everyone who waits sees it.
-#[derive(Debug, Clone)]
-enum Progress {
-    /// Batches up to this number are durable.
-    Durable(u64),
-    /// The database failed.
-    Failed(String),
-}
 
 /// After this long without a commit the backend may tidy up.
 const SETTLE_AFTER: Duration = Duration::from_secs(5);
@@ -52,9 +42,11 @@ pub(crate) struct Shared {
     hooks: Mutex<VecDeque<(u64, Hook)>>,
     /// The committer sleeps here; the flag says that there is work or that it should end.
     wake: (Mutex<Wake>, Condvar),
-    /// Sender: the committer. Receivers: tickets. Closed when the database is gone.
-    progress: watch::Sender<Progress>,
+    progress: Arc<Progress>,
     failed: OnceLock<String>,
+    /// Sender: whoever sees the first failure. Receivers: those who wait for one. Closed when the
+    /// database is gone.
+    stopped: watch::Sender<()>,
     low_space: AtomicBool,
 }
 
@@ -105,15 +97,15 @@ impl Drop for Handle {
 
 impl Handle {
     pub(crate) fn start(backend: Box<dyn Backend>) -> Result<Self, Error> {
-        let (progress, _) = watch::channel(Progress::Durable(0));
         let shared = Arc::new(Shared {
             backend,
             writer: Mutex::new(()),
             applied: AtomicU64::new(0),
             hooks: Mutex::default(),
             wake: (Mutex::default(), Condvar::new()),
-            progress,
+            progress: Arc::default(),
             failed: OnceLock::new(),
+            stopped: watch::channel(()).0,
             low_space: AtomicBool::new(false),
         });
         let worker = shared.clone();
@@ -158,12 +150,12 @@ impl Shared {
 
     /// Why the database stopped, once it did.
     pub(crate) async fn stopped(&self) -> String {
-        let mut progress = self.progress.subscribe();
+        let mut stopped = self.stopped.subscribe();
         loop {
             if let Some(reason) = self.failed.get() {
                 return reason.clone();
             }
-            if progress.changed().await.is_err() {
+            if stopped.changed().await.is_err() {
                 return "the database was closed".to_owned();
             }
         }
@@ -184,7 +176,7 @@ impl Shared {
         match guarded("sync", || self.backend.sync()) {
             Ok(()) => {
                 self.run_hooks(target);
-                self.progress.send_replace(Progress::Durable(target));
+                self.progress.advance(target);
             }
             Err(error) => {
                 self.fail(&error);
@@ -244,8 +236,9 @@ impl Shared {
     fn fail(&self, error: &Error) {
         let reason = lighter_proto::errdefs::render(error);
         tracing::error!(%reason, "database failed; no more writes are accepted");
-        let _ = self.failed.set(reason.clone());
-        self.progress.send_replace(Progress::Failed(reason));
+        self.progress.fail(&reason);
+        let _ = self.failed.set(reason);
+        self.stopped.send_replace(());
     }
 
     fn check_space(&self) {
@@ -321,76 +314,11 @@ impl Writer<'_> {
 
     pub(crate) fn ticket(&self) -> Durable {
         let number = self.shared.applied.load(Ordering::Acquire);
-        let progress = self.shared.progress.subscribe();
-        if !is_durable(&progress.borrow(), number) {
+        let progress = self.shared.progress.clone();
+        if !progress.reached(number) {
             lock(&self.shared.wake.0).work = true;
             self.shared.wake.1.notify_one();
         }
         Durable { number, progress }
     }
-}
-
-/// The promise that a change will be durable; await it before saying that the change stands.
-///
-/// Dropping it does not undo the change.
-#[derive(Debug)]
-#[must_use = "a change is durable only when its ticket was awaited"]
-pub struct Durable {
-    number: u64,
-    progress: watch::Receiver<Progress>,
-}
-
-impl Durable {
-    /// Waits until the change is on disk.
-    ///
-    /// # Errors
-    /// [`Error::Stopped`] when the commit failed.
-    ///
-    /// # Cancellation
-    /// Safe to drop; the change stays applied and becomes durable with the next commit.
-    pub async fn wait(mut self) -> Result<(), Error> {
-        let number = self.number;
-        let reached = self
-            .progress
-            .wait_for(|p| matches!(p, Progress::Failed(_)) || is_durable(p, number))
-            .await;
-        match reached.as_deref() {
-            Ok(Progress::Durable(_)) => Ok(()),
-            Ok(Progress::Failed(reason)) => Err(Error::Stopped {
-                reason: reason.clone(),
-            }),
-            Err(_) => Err(Error::Stopped {
-                reason: "the database was closed".to_owned(),
-            }),
-        }
-    }
-
-    /// [`Durable::wait`] for code outside the async runtime.
-    ///
-    /// # Errors
-    /// [`Error::Stopped`] when the commit failed.
-    pub fn wait_blocking(self) -> Result<(), Error> {
-        let waker = Arc::new(Unpark(std::thread::current())).into();
-        let mut context = Context::from_waker(&waker);
-        let mut wait = std::pin::pin!(self.wait());
-        loop {
-            match wait.as_mut().poll(&mut context) {
-                Poll::Ready(result) => return result,
-                Poll::Pending => std::thread::park(),
-            }
-        }
-    }
-}
-
-/// Wakes a thread that waits for a ticket.
-struct Unpark(std::thread::Thread);
-
-impl std::task::Wake for Unpark {
-    fn wake(self: Arc<Self>) {
-        self.0.unpark();
-    }
-}
-
-fn is_durable(progress: &Progress, number: u64) -> bool {
-    matches!(progress, Progress::Durable(n) if *n >= number)
 }

@@ -21,13 +21,14 @@ mod memory;
 mod overlay;
 mod recover;
 mod sled;
+mod ticket;
 
 use std::path::Path;
 use std::sync::Arc;
 
-pub use commit::Durable;
 pub use error::Error;
 pub use recover::{Opened, export_path};
+pub use ticket::Durable;
 
 /// A key of the key space: bytes in lexicographic order.
 pub type Key = Vec<u8>;
