@@ -13,6 +13,7 @@ use lighter_proto::errdefs::{Classify, ErrorKind};
 use lighter_store::filter::Filter;
 use lighter_store::metadata::Content;
 use lighter_store::{Digest, Labels, Scope, labels};
+use tracing::info;
 
 use super::archive::{
     self, Compression, DockerManifest, INDEX_FILE, LAYOUT_FILE, Layout, MANIFEST_FILE,
@@ -141,9 +142,8 @@ impl Transfer {
                 .await?;
         }
         if recorded == 0 {
-            return Err(Error::Nothing {
-                reason: "no name for any image of the archive: give a name or a prefix".to_owned(),
-            });
+            // No failure, as in the reference: a client may have imported for the blobs alone.
+            info!(digest = %index.digest, "no name for any image of the archive");
         }
         Ok(())
     }

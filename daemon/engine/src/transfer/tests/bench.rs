@@ -384,7 +384,7 @@ impl TestImage {
         descriptor
     }
 
-    fn config_bytes(&self) -> Vec<u8> {
+    pub(super) fn config_bytes(&self) -> Vec<u8> {
         let host = Platform::host();
         let ids: Vec<String> = self.diff_ids.iter().map(ToString::to_string).collect();
         serde_json::to_vec(&serde_json::json!({

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use lighter_proto::errdefs::{Classify, ErrorKind};
 use lighter_store::Digest;
+use lighter_store::filter::Filter;
 
 use self::bench::{Bench, TestImage, tar_of};
 use self::server::{Reply, Server};
@@ -199,7 +200,7 @@ async fn wrong_diff_ids_and_missing_platforms_leave_nothing() {
     );
     let snapshots = bench.db.snapshots("native").expect("known");
     let all = snapshots
-        .list(&bench.scope, &lighter_store::filter::Filter::default())
+        .list(&bench.scope, &Filter::default())
         .await
         .expect("list");
     assert!(
@@ -387,6 +388,25 @@ async fn docker_archives_become_images() {
         .expect("complete");
         assert_eq!(resolved.config.diff_ids, image.diff_ids);
     }
+}
+
+#[tokio::test]
+async fn an_archive_without_names_is_taken_for_its_blobs() {
+    let bench = Bench::new().await;
+    let image = TestImage::new(1);
+    bench
+        .import(image.docker_save(&[]), bench::prefixed("", false))
+        .await
+        .expect("imported");
+    let all = Filter::default();
+    let images = bench.db.images().list(&bench.scope, &all).expect("listed");
+    assert_eq!(images, []);
+    let config = Digest::of(&image.config_bytes());
+    bench
+        .db
+        .content()
+        .info(&bench.scope, &config)
+        .expect("its blobs are there");
 }
 
 #[tokio::test]
