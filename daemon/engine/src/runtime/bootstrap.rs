@@ -98,6 +98,16 @@ impl Bootstrap {
         })
     }
 
+    /// The endpoint in one text, as clients hand it to `Tasks.Create`: `ttrpc+unix:///path`.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        let protocol = match self.protocol {
+            Protocol::Ttrpc => "ttrpc",
+            Protocol::Grpc => "grpc",
+        };
+        format!("{protocol}+{}", self.address)
+    }
+
     /// As the file in the bundle.
     #[must_use]
     pub fn to_json(&self) -> String {

@@ -221,6 +221,12 @@ impl Bundle {
         write_new(&path, id.as_bytes(), 0o600).map_err(Error::io("write", &path))
     }
 
+    /// Whether its task was made in the shim of a sandbox.
+    #[must_use]
+    pub(super) fn is_guest(&self) -> bool {
+        self.path.join(SANDBOX).exists()
+    }
+
     /// Pid of the first process as the runtime wrote it.
     #[must_use]
     pub(super) fn init_pid(&self) -> Option<u32> {

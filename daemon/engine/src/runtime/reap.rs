@@ -133,8 +133,13 @@ pub(super) async fn delete_action(
         .ok()
 }
 
-/// Sends a shim away whose task is gone. One that serves others stays.
+/// Sends a shim away whose task is gone. One that serves others stays, and so does one that a
+/// sandbox lives in: that is its controller's to end.
 pub(super) async fn dismiss(shared: &Arc<Shared>, bundle: &Bundle, connection: &Connection) {
+    if bundle.is_guest() {
+        connection.close();
+        return;
+    }
     let request = wire::ShutdownRequest {
         id: bundle.id.clone(),
         now: false,

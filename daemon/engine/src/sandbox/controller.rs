@@ -9,12 +9,12 @@ use async_trait::async_trait;
 use lighter_proto::containerd::events::{SandboxCreate, SandboxExit, SandboxStart};
 use lighter_proto::containerd::types::{Metric, Platform};
 use lighter_proto::errdefs::{Classify, ErrorKind, WireError, render};
-use lighter_proto::time::to_timestamp;
+use lighter_proto::time::{from_timestamp, to_timestamp};
 use lighter_snapshotter::Mount;
 use lighter_store::events::Exchange;
 use lighter_store::metadata::Sandbox;
 use lighter_store::{Labels, Scope};
-use prost_types::Any;
+use prost_types::{Any, Timestamp};
 
 use crate::runtime::Exit;
 
@@ -69,6 +69,19 @@ pub struct SandboxStatus {
     pub address: String,
     /// Version of that service.
     pub version: u32,
+}
+
+/// When something was, as told by a peer; one that does not say so says it as it happens.
+pub(super) fn moment(at: Option<Timestamp>) -> SystemTime {
+    at.and_then(from_timestamp).unwrap_or_else(SystemTime::now)
+}
+
+/// How a sandbox ended, as told by a peer.
+pub(super) fn ended(status: u32, at: Option<Timestamp>) -> Exit {
+    Exit {
+        status,
+        at: moment(at),
+    }
 }
 
 /// A way to run sandboxes.

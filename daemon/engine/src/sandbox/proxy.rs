@@ -1,6 +1,6 @@
 //! Sandboxes run by a controller in another process, over the sandbox Controller gRPC service.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use lighter_proto::containerd::services::sandbox::v1 as wire;
@@ -13,7 +13,7 @@ use lighter_store::metadata::Sandbox;
 use tonic::transport::Channel;
 use wire::controller_client::ControllerClient;
 
-use super::controller::{Controller, Created, SandboxStatus, Started};
+use super::controller::{Controller, Created, SandboxStatus, Started, ended, moment};
 use crate::differ::scoped;
 use crate::runtime::Exit;
 
@@ -93,10 +93,7 @@ impl Controller for ProxyController {
         let answer = answer.into_inner();
         Ok(Started {
             pid: answer.pid,
-            created_at: answer
-                .created_at
-                .and_then(from_timestamp)
-                .unwrap_or_else(SystemTime::now),
+            created_at: moment(answer.created_at),
             labels: answer.labels.into_iter().collect(),
             address: answer.address,
             version: answer.version,
@@ -133,13 +130,7 @@ impl Controller for ProxyController {
         };
         let answer = self.client().wait(scoped(scope, request)?).await?;
         let answer = answer.into_inner();
-        Ok(Exit {
-            status: answer.exit_status,
-            at: answer
-                .exited_at
-                .and_then(from_timestamp)
-                .unwrap_or_else(SystemTime::now),
-        })
+        Ok(ended(answer.exit_status, answer.exited_at))
     }
 
     async fn status(

@@ -16,7 +16,7 @@ use lighter_proto::time::from_timestamp;
 use lighter_store::metadata::Sandbox;
 use lighter_store::{Labels, Namespace, Scope};
 
-use super::controller::{Controller, Created, SandboxStatus, Started};
+use super::controller::{Controller, Created, SandboxStatus, Started, ended, moment};
 use crate::runtime::{Bundle, Connection, Exit, Manager};
 
 /// Longest that a question to a sandbox may take.
@@ -174,12 +174,9 @@ impl Controller for ShimController {
         let bootstrap = connection.bootstrap();
         Ok(Started {
             pid: answer.pid,
-            created_at: answer
-                .created_at
-                .and_then(from_timestamp)
-                .unwrap_or_else(SystemTime::now),
+            created_at: moment(answer.created_at),
             labels: Labels::new(),
-            address: bootstrap.address,
+            address: bootstrap.endpoint(),
             version: bootstrap.version,
             spec: answer.spec,
         })
@@ -221,13 +218,7 @@ impl Controller for ShimController {
         };
         let answer: wire::WaitSandboxResponse =
             connection.sandbox("WaitSandbox", request, None).await?;
-        Ok(Exit {
-            status: answer.exit_status,
-            at: answer
-                .exited_at
-                .and_then(from_timestamp)
-                .unwrap_or_else(SystemTime::now),
-        })
+        Ok(ended(answer.exit_status, answer.exited_at))
     }
 
     async fn status(
@@ -267,7 +258,7 @@ impl Controller for ShimController {
             created_at: answer.created_at.and_then(from_timestamp),
             exited_at: answer.exited_at.and_then(from_timestamp),
             extra: answer.extra,
-            address: bootstrap.address,
+            address: bootstrap.endpoint(),
             version: bootstrap.version,
         })
     }

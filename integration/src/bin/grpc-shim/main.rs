@@ -1,4 +1,5 @@
-//! The smallest shim that speaks gRPC, for tests of daemons: its task is a `sleep` on the host.
+//! The smallest shim that speaks gRPC, for tests of daemons: its task is a `sleep` on the host, its
+//! sandbox is a word.
 //!
 //! `start` leaves a server behind and prints where it listens, `delete` prints an empty answer,
 //! `serve SOCKET` is the server.
@@ -7,6 +8,8 @@
     clippy::print_stdout,
     reason = "what a shim answers goes to its output"
 )]
+
+mod sandbox;
 
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
@@ -78,6 +81,7 @@ fn serve(socket: &Path) -> anyhow::Result<()> {
         };
         tonic::transport::Server::builder()
             .add_service(TaskServer::new(shim))
+            .add_service(sandbox::service())
             .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
                 let _ = stopped.wait_for(|stop| *stop).await;
                 // The answer that says so goes out first.
@@ -124,6 +128,7 @@ impl Shim {
     }
 }
 
+/// The answer to what this shim cannot do.
 fn none<T>() -> Result<Response<T>, Status> {
     Err(Status::unimplemented("not in this shim"))
 }
