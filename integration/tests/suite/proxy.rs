@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use lighter_integration::{
-    Client, Daemon, Image, Layer, Options, Registry, Result, Spec, Subject, built, eventually,
+    Client, Daemon, Image, Layer, Options, Registry, Result, Subject, built, eventually,
 };
 use lighter_proto::containerd::services::diff::v1 as diff;
 use lighter_proto::containerd::services::snapshots::v1 as snapshots;
 use lighter_proto::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
 use lighter_proto::containerd::types;
+
+use crate::erofs::knows_erofs;
 
 /// `lighterd serve`, ended with the test.
 struct Apart {
@@ -314,11 +316,6 @@ async fn layers_that_lean_on_those_below_unpack_as_if_one_after_the_other() -> R
     daemon.finish().await
 }
 
-fn knows_erofs() -> bool {
-    let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    known.contains("\terofs\n") && Command::new("mkfs.erofs").arg("--help").output().is_ok()
-}
-
 fn make_scratch(path: &Path) -> Result {
     std::fs::File::create(path)?.set_len(32 << 20)?;
     let made = Command::new("mkfs.ext4")
@@ -327,34 +324,4 @@ fn make_scratch(path: &Path) -> Result {
         .status()?;
     anyhow::ensure!(made.success(), "mkfs.ext4 fails");
     Ok(())
-}
-
-/// Everything a task needs of a snapshotter of images, through the API as Go's client uses it.
-#[tokio::test]
-async fn a_container_runs_on_stacked_images() -> Result {
-    if Subject::of_run() == Subject::Containerd || !knows_erofs() {
-        return Ok(());
-    }
-    let daemon = Daemon::start().await?;
-    let client = daemon.client().await?;
-    let change = Layer::files(&[("etc/.wh.group", b""), ("etc/new", b"new")])?;
-    let image = Image::new("docker.io/test/ship:1", vec![Layer::busybox()?, change])?;
-    client.store(&image).await?;
-    let top = client.unpack(&image, "erofs").await?;
-    let spec = Spec::new(
-        daemon.namespace(),
-        "c",
-        &["sh", "-c", "ls /etc; echo x > /etc/more"],
-    );
-    let runtime = "io.containerd.runc.v2";
-    let container = client
-        .create_on("c", &top, &spec, "erofs", runtime, None)
-        .await?;
-    let log = daemon.dir().join("c.log");
-    client.create_task(&container, Some(&log)).await?;
-    client.start("c", "").await?;
-    assert_eq!(client.wait("c", "").await?.status, 0);
-    assert_eq!(std::fs::read_to_string(&log)?, "new\npasswd\n");
-    client.destroy(&container).await?;
-    daemon.finish().await
 }

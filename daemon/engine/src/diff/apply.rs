@@ -20,7 +20,7 @@ use super::processors::{self, Processor};
 use super::tar::Archive;
 use super::unpack::{Base, Form, LeansOn, Unpack, in_user_namespace, is_empty, open_root};
 use super::whiteout::Attributes;
-use super::{Error, pipeline};
+use super::{Error, erofs, pipeline};
 
 /// Bytes a layer may unpack to before its ratio is looked at.
 const RATIO_FREE_BYTES: u64 = 64 << 20;
@@ -72,7 +72,6 @@ pub fn apply<R: Read + Send>(
     mounts: &[Mount],
     options: &ApplyOptions<'_>,
 ) -> Result<Applied, Error> {
-    let target = Target::open(mounts, options)?;
     let compressed = Arc::new(AtomicU64::new(0));
     let reader = Counted {
         reader,
@@ -80,6 +79,10 @@ pub fn apply<R: Read + Send>(
     };
     let limits = options.limits;
     let check = move |size: u64| limits.check(size, compressed.load(Ordering::Relaxed));
+    if let Some(packing) = erofs::packing(media_type) {
+        return erofs::apply(reader, packing?, mounts, options, check);
+    }
+    let target = Target::open(mounts, options)?;
     let (leans_on, hashed) = thread::scope(|scope| {
         let (stream, running) = processors::open(scope, reader, media_type, options)?;
         let result = pipeline::run(stream, check, |plain| {

@@ -7,11 +7,12 @@
 //! The way of a layer through `apply`: media type and magic → stream processors or built-in
 //! decompression ([`compression`], `processors`) → chunks that are hashed on one thread and unpacked
 //! on another (`pipeline`) → tar entries (`tar`) → files beneath a root descriptor (`tree`,
-//! `unpack`, `whiteout`).
+//! `unpack`, `whiteout`). A layer that is a filesystem image already is copied (`erofs`).
 
 mod apply;
 mod compare;
 pub mod compression;
+mod erofs;
 mod pipeline;
 mod processors;
 mod tar;
@@ -41,6 +42,18 @@ pub const LAYER_TAR: &str = "application/vnd.oci.image.layer.v1.tar";
 pub const LAYER_TAR_GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 /// Media type of a layer compressed with zstd.
 pub const LAYER_TAR_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
+
+/// Media type of a layer that is an EROFS image.
+pub const EROFS_LAYER: &str = "application/vnd.erofs.layer.v1";
+
+/// The media type of what a layer of `media_type` is when nothing is packed around it.
+#[must_use]
+pub fn plain_type(media_type: &str) -> &'static str {
+    match erofs::packing(media_type) {
+        Some(_) => EROFS_LAYER,
+        None => LAYER_TAR,
+    }
+}
 
 /// Why a layer could not be applied or made.
 #[derive(Debug, thiserror::Error)]

@@ -50,6 +50,7 @@ impl Differ for LocalDiffer {
         let reader = self.content.reader(scope, &layer.digest).await;
         let reader = blocking(reader.map_err(|e| wire(&e))?)?;
         let (this, media_type) = (self.clone(), layer.media_type.clone());
+        let plain_type = diff::plain_type(&media_type);
         let mounts = mounts.to_vec();
         let work = move || {
             let options = diff::ApplyOptions {
@@ -65,7 +66,7 @@ impl Differ for LocalDiffer {
             .await
             .map_err(|e| cut_off(&e))??;
         let layer = Descriptor {
-            media_type: diff::LAYER_TAR.to_owned(),
+            media_type: plain_type.to_owned(),
             digest: Digest::parse(&applied.diff_id).map_err(|e| wire(&e))?,
             size_bytes: applied.size_bytes,
             annotations: Labels::new(),
