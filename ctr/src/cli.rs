@@ -7,8 +7,9 @@ use clap::{Args, Parser, Subcommand};
 use crate::advice;
 use crate::client::Client;
 use crate::commands::{
-    completion, containers, content, deprecations, disk, events, images, info, leases, namespaces,
-    network, oci, plugins, pods, run, sandboxes, snapshots, tasks, version,
+    completion, containers, content, deprecations, disk, events, images, info, install, leases,
+    namespaces, network, oci, plugins, pods, pprof, run, sandboxes, shim, snapshots, tasks,
+    version,
 };
 use crate::duration;
 use crate::table::Format;
@@ -136,6 +137,12 @@ enum Command {
     /// Tools for OCI specs
     #[command(subcommand)]
     Oci(oci::Command),
+    /// Install programs of an image: the files of its /bin, and of its /lib where asked for
+    Install(install::Install),
+    /// Ask a daemon's debug socket what it is doing
+    Pprof(pprof::Pprof),
+    /// Talk to a shim itself, past the daemon
+    Shim(Box<shim::Shim>),
     /// Show what the daemon says of itself
     Info,
     /// Show what the daemon will drop some day
@@ -164,6 +171,8 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Completion(completion) => return completion.run().map(|()| 0),
         Command::Oci(command) => return command.run(&global).map(|()| 0),
         Command::Network(command) => return command.run(&global).await.map(|()| 0),
+        Command::Pprof(pprof) => return pprof.run().await.map(|()| 0),
+        Command::Shim(shim) => return shim.run(&global).await.map(|()| 0),
         command => command,
     };
     let timeout = global.timeout;
@@ -204,11 +213,14 @@ async fn dispatch(ctx: &Ctx, command: Command) -> anyhow::Result<u8> {
         Command::Why(why) => why.run(ctx).await,
         Command::Df(df) => df.run(ctx).await,
         Command::Prune(prune) => prune.run(ctx).await,
+        Command::Install(install) => install.run(ctx).await,
         Command::Info => info::run(ctx).await,
         Command::Deprecations(command) => command.run(ctx).await,
-        Command::Oci(_) | Command::Network(_) | Command::Completion(_) => {
-            unreachable!("run without a daemon")
-        }
+        Command::Oci(_)
+        | Command::Network(_)
+        | Command::Pprof(_)
+        | Command::Shim(_)
+        | Command::Completion(_) => unreachable!("run without a daemon"),
     }
     .map(|()| 0)
 }
@@ -258,6 +270,11 @@ mod tests {
             "i convert --oci --uncompress --all-platforms a b",
             "i usage a",
             "i inspect --content a",
+            "install --libs -r --path /opt/x r/x:1",
+            "pprof -d /run/debug.sock heap",
+            "pprof trace -s 3",
+            "shim --id c state",
+            "shim --id c --shim-address /run/s exec --exec-id e --cwd / sh -c ls",
             "content ls -q",
             "content get sha256:x",
             "content fetch r/x:1",
