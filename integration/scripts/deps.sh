@@ -12,7 +12,7 @@ test=(/usr/bin/containerd:containerd /usr/bin/docker-registry:docker-registry
     /usr/bin/skopeo:skopeo /usr/lib/cni/bridge:containernetworking-plugins /usr/bin/crun:crun
     /usr/bin/jq:jq /usr/bin/mkfs.erofs:erofs-utils /usr/sbin/mkfs.ext4:e2fsprogs
     /usr/bin/umoci:umoci /usr/sbin/ip:iproute2 /usr/bin/script:bsdutils
-    /usr/sbin/dockerd:docker.io)
+    /usr/sbin/dockerd:docker.io /usr/bin/docker-compose:docker-compose)
 
 vm=(/usr/bin/qemu-system-x86_64:qemu-system-x86 /usr/sbin/mkfs.ext4:e2fsprogs /usr/bin/strip:binutils
     /usr/bin/jq:jq /usr/sbin/criu:criu)
