@@ -15,6 +15,7 @@ mod floor;
 pub mod image;
 mod leftovers;
 mod oci;
+pub mod raw;
 mod registry;
 pub mod subject;
 mod sys;

@@ -18,19 +18,14 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use bytes::{Buf, BufMut, Bytes};
+use bytes::Bytes;
 use lighter_integration::{
-    Cli, Daemon, Engine, Image, Layer, Options, Registry, Result, Subject, built,
+    Cli, Daemon, Engine, Image, Layer, Options, Registry, Result, Subject, built, raw,
 };
-use lighter_proto::FILE_DESCRIPTOR_SET;
-use prost::Message as _;
-use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
-use tonic::{Code, Request, Status};
+use tonic::Code;
 
 /// Where the table goes when no argument names another file.
 const OUTPUT: &str = "docs/compatibility.md";
-/// Longest the bare client waits for an answer; a stream that stays open has none.
-const PATIENCE: Duration = Duration::from_millis(500);
 const IMAGE: &str = "docker.io/test/busybox:latest";
 
 /// Answers of Unimplemented that clients of the reference get as well, and why.
@@ -373,59 +368,12 @@ async fn crictl(program: &Path) -> Result<Column> {
     })
 }
 
-/// Messages as the bytes they are.
-#[derive(Debug, Clone, Copy, Default)]
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Bytes;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-    fn encode(&mut self, item: Bytes, out: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        out.put(item);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-    fn decode(&mut self, input: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        let count = input.remaining();
-        Ok(Some(input.copy_to_bytes(count)))
-    }
-}
-
-/// Every method that a client can call over gRPC: `service/Method`.
+/// The names of all methods.
 fn methods() -> Result<BTreeSet<String>> {
-    let set = prost_types::FileDescriptorSet::decode(FILE_DESCRIPTOR_SET)?;
-    let mut methods = BTreeSet::new();
-    for file in &set.file {
-        let package = file.package();
-        // The others are spoken over ttrpc, between daemon, shims and plugins.
-        let served = package.starts_with("containerd.services.") && !package.contains("ttrpc")
-            || package == "runtime.v1";
-        if !served {
-            continue;
-        }
-        for service in &file.service {
-            let names = service.method.iter();
-            methods.extend(names.map(|m| format!("{package}.{}/{}", service.name(), m.name())));
-        }
-    }
-    Ok(methods)
+    Ok(raw::methods()?
+        .into_iter()
+        .map(|method| method.name)
+        .collect())
 }
 
 /// Calls every method with an empty request.
@@ -435,27 +383,15 @@ async fn bare() -> Result<Column> {
     let mut calls = Calls::new();
     let mut failed = Vec::new();
     for method in methods()? {
-        let mut grpc = tonic::client::Grpc::new(client.channel());
-        grpc.ready().await?;
-        let path = format!("/{method}").parse()?;
-        let mut request = Request::new(tokio_stream::once(Bytes::new()));
-        let namespace = daemon.namespace().parse()?;
-        request
-            .metadata_mut()
-            .insert("containerd-namespace", namespace);
-        let called = async {
-            let mut answers = grpc.streaming(request, path, Raw).await?.into_inner();
-            answers.message().await.map(drop)
-        };
-        let code = match tokio::time::timeout(PATIENCE, called).await {
-            Ok(Ok(())) => "OK".to_owned(),
-            Ok(Err(status)) => {
+        let code = match raw::call(&client, &method, Bytes::new()).await? {
+            Some(Ok(())) => "OK".to_owned(),
+            Some(Err(status)) => {
                 if status.code() == Code::Internal {
                     failed.push(format!("{method}: {status}"));
                 }
                 format!("{:?}", status.code())
             }
-            Err(_) => "open".to_owned(),
+            None => "open".to_owned(),
         };
         calls.insert(method, Answers::from([(code, 1)]));
     }
