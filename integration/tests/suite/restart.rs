@@ -9,6 +9,9 @@ use nix::unistd::Pid;
 
 use crate::run::ready;
 
+/// Clients that start or end tasks of a crowd.
+const STARTERS: usize = 8;
+
 /// Starts a container that ends with code 5 on SIGTERM.
 async fn start(client: &Client, daemon: &Daemon, top: &str, id: &str) -> Result<(Container, u32)> {
     let script = "trap 'exit 5' TERM; while :; do sleep 0.05; done";
@@ -189,5 +192,72 @@ async fn many_tasks_are_recovered_beside_the_first_requests() -> Result {
         began.elapsed()
     );
     client.destroy(&container).await?;
+    daemon.finish().await
+}
+
+/// Tasks that run when the daemon is killed: 2,000 where `LIGHTER_FULL=1` says that there is room.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_that_runs_is_found_again_beside_the_first_requests() -> Result {
+    if Subject::of_run() != Subject::Lighter {
+        return Ok(());
+    }
+    let count: usize = match std::env::var_os("LIGHTER_FULL") {
+        Some(_) => 2000,
+        None => 40,
+    };
+    let (mut daemon, _, _, top) = ready().await?;
+    let mut starters = tokio::task::JoinSet::new();
+    for first in 0..STARTERS {
+        let client = daemon.client().await?;
+        let (namespace, top) = (daemon.namespace().to_owned(), top.clone());
+        starters.spawn(async move {
+            let mut made = Vec::new();
+            for n in (first..count).step_by(STARTERS) {
+                let id = format!("crowd-{n}");
+                let spec = Spec::new(&namespace, &id, &["sleep", "100000"]);
+                let container = client.create(&id, &top, &spec).await?;
+                let pid = client.create_task(&container, None).await?;
+                client.start(&id, "").await?;
+                made.push((container, pid));
+            }
+            Ok::<_, anyhow::Error>(made)
+        });
+    }
+    let mut made = Vec::new();
+    while let Some(done) = starters.join_next().await {
+        made.extend(done??);
+    }
+    daemon.kill()?;
+    let began = std::time::Instant::now();
+    daemon.boot().await?;
+    let served = began.elapsed();
+    assert!(served.as_secs() < 5, "served after {served:?}");
+    let client = daemon.client().await?;
+    let all = || lighter_proto::containerd::services::tasks::v1::ListTasksRequest::default();
+    let tasks = eventually("all are found", async || {
+        let tasks = client.tasks().list(all()).await?.into_inner().tasks;
+        Ok((tasks.len() == count).then_some(tasks))
+    })
+    .await?;
+    println!(
+        "{count} running: served after {served:?}, all found after {:?}",
+        began.elapsed()
+    );
+    for (container, pid) in &made {
+        let task = tasks.iter().find(|task| task.id == container.id);
+        let task = task.ok_or_else(|| anyhow::anyhow!("{container:?} is lost"))?;
+        assert_eq!((task.status(), task.pid), (Status::Running, *pid));
+    }
+    let mut enders = tokio::task::JoinSet::new();
+    for (container, _) in made {
+        if enders.len() == STARTERS {
+            enders.join_next().await.expect("some")??;
+        }
+        let client = client.clone();
+        enders.spawn(async move { client.destroy(&container).await });
+    }
+    while let Some(done) = enders.join_next().await {
+        done??;
+    }
     daemon.finish().await
 }
