@@ -8,21 +8,19 @@ use std::time::SystemTime;
 
 use async_trait::async_trait;
 use lighter_proto::errdefs::{Classify, ErrorKind, render};
-use lighter_proto::time::{from_nanos, to_nanos};
 use lighter_snapshotter::Mount;
 use lighter_snapshotter::mount::{Made, has_prefix, is_mountpoint, mount_at, ready, unmount_all};
 use lighter_store::filter::{Fields, Filter};
 use lighter_store::metadata::edges::{self, Kind, Node};
 use lighter_store::{Labels, Namespace, Scope};
-use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::loopdev;
+use super::record::{read, write};
 use crate::gc::{Collectable, Item};
 
 /// Directory below the state directory.
 const DIR: &str = "io.containerd.mount-manager.v1.bolt";
-const RECORD: &str = "record.json";
 /// Most mounts of one activation.
 const MAX_MOUNTS: usize = 1024;
 
@@ -123,57 +121,8 @@ pub struct Activate<'a> {
     pub temporary: bool,
 }
 
-/// The file beside the mount points.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Record {
-    namespace: String,
-    name: String,
-    labels: Labels,
-    #[serde(default)]
-    lease: Option<String>,
-    complete: bool,
-    active: Vec<RecordedActive>,
-    system: Vec<RecordedMount>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct RecordedActive {
-    mount: RecordedMount,
-    mounted_at_ns: i64,
-    mount_point: String,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct RecordedMount {
-    fstype: String,
-    source: String,
-    target: String,
-    options: Vec<String>,
-}
-
-impl From<&Mount> for RecordedMount {
-    fn from(mount: &Mount) -> Self {
-        Self {
-            fstype: mount.fstype.clone(),
-            source: mount.source.clone(),
-            target: mount.target.clone(),
-            options: mount.options.clone(),
-        }
-    }
-}
-
-impl From<RecordedMount> for Mount {
-    fn from(mount: RecordedMount) -> Self {
-        Self {
-            fstype: mount.fstype,
-            source: mount.source,
-            target: mount.target,
-            options: mount.options,
-        }
-    }
-}
-
-type Key = (Namespace, String);
+/// Whose activation, and its name.
+pub(super) type Key = (Namespace, String);
 
 /// An activation, or one under way; and its directory.
 #[derive(Debug)]
@@ -534,53 +483,6 @@ fn needs_us(mount: &Mount) -> bool {
     mount.kind() == "loop" || has_prefix(mount)
 }
 
-fn write(path: &Path, key: &Key, activation: &Activation, complete: bool) -> Result<(), String> {
-    let record = Record {
-        namespace: key.0.to_string(),
-        name: key.1.clone(),
-        labels: activation.labels.clone(),
-        lease: activation.lease.clone(),
-        complete,
-        active: activation
-            .active
-            .iter()
-            .map(|active| RecordedActive {
-                mount: (&active.mount).into(),
-                mounted_at_ns: to_nanos(active.mounted_at),
-                mount_point: active.mount_point.clone(),
-            })
-            .collect(),
-        system: activation.system.iter().map(Into::into).collect(),
-    };
-    let text = serde_json::to_vec(&record).map_err(|e| e.to_string())?;
-    let (temp, target) = (path.join(".record.json"), path.join(RECORD));
-    std::fs::write(&temp, text)
-        .and_then(|()| std::fs::rename(&temp, &target))
-        .map_err(|e| format!("write {}: {e}", target.display()))
-}
-
-/// The activation of a directory, if it is whole.
-fn read(path: &Path) -> Option<(Key, Activation)> {
-    let record: Record = serde_json::from_slice(&std::fs::read(path.join(RECORD)).ok()?).ok()?;
-    if !record.complete {
-        return None;
-    }
-    let namespace = Namespace::new(&record.namespace).ok()?;
-    let active = record.active.into_iter().map(|active| Active {
-        mount: active.mount.into(),
-        mounted_at: from_nanos(active.mounted_at_ns),
-        mount_point: active.mount_point,
-    });
-    let activation = Activation {
-        name: record.name.clone(),
-        active: active.collect(),
-        system: record.system.into_iter().map(Into::into).collect(),
-        labels: record.labels,
-        lease: record.lease,
-    };
-    Some(((namespace, record.name), activation))
-}
-
 /// Undoes whatever is in a directory, last mount first, and removes it.
 fn clear(path: &Path) -> Result<(), String> {
     let Ok(entries) = std::fs::read_dir(path) else {
@@ -604,79 +506,5 @@ fn clear(path: &Path) -> Result<(), String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn mount(fstype: &str, source: &Path, options: &[&str]) -> Mount {
-        Mount {
-            fstype: fstype.to_owned(),
-            source: source.display().to_string(),
-            target: String::new(),
-            options: options.iter().map(|o| (*o).to_owned()).collect(),
-        }
-    }
-
-    #[test]
-    fn plain_mounts_are_the_callers_and_names_are_taken_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let (state, root) = (dir.path().join("s"), dir.path().join("r"));
-        std::fs::create_dir_all(&root).unwrap();
-        let mounts = Mounts::open(&state, &root).unwrap();
-        let namespace = Namespace::new("n").unwrap();
-        let bind = mount("bind", &root, &["rbind"]);
-        let leased = Scope {
-            namespace: namespace.clone(),
-            lease: Some("l".to_owned()),
-        };
-        let bref = ("containerd.io/gc.bref.container".to_owned(), "c".to_owned());
-        let labels = Labels::from([bref]);
-        let activate = |m: &[Mount]| {
-            let wanted = Activate {
-                name: "a",
-                mounts: m,
-                labels: &labels,
-                temporary: false,
-            };
-            mounts.activate(&leased, wanted)
-        };
-        assert!(matches!(
-            activate(std::slice::from_ref(&bind)),
-            Err(Error::Needless)
-        ));
-        let option = format!("X-containerd.mkdir.path={}/upper", root.display());
-        let made = mount("mkdir/bind", &root, &[&option, "rbind"]);
-        if !nix::unistd::geteuid().is_root() {
-            return;
-        }
-        let activation = activate(&[
-            made,
-            mount("format/bind", Path::new("{{ mount 0 }}/upper"), &["bind"]),
-        ]);
-        let activation = activation.unwrap();
-        // The last is ready for the caller, who mounts it.
-        assert_eq!(activation.active.len(), 1);
-        let point = &activation.active[0].mount_point;
-        assert_eq!(activation.system[0].source, format!("{point}/upper"));
-        assert_eq!(activation.system[0].fstype, "bind");
-        assert!(root.join("upper").is_dir());
-        assert!(matches!(activate(&[bind]), Err(Error::Needless)));
-        // Found again by the next run, then undone by it.
-        let again = Mounts::open(&state, &root).unwrap();
-        assert_eq!(again.info(&namespace, "a").unwrap().active.len(), 1);
-        let items = again.items();
-        assert_eq!(items[0].lease.as_deref(), Some("l"));
-        assert_eq!(items[0].keepers, [Node::new(Kind::Container, "n", "c")]);
-        let named = |text: &str| {
-            let filter = Filter::parse(&[text.to_owned()]).unwrap();
-            again.list(&namespace, &filter).len()
-        };
-        assert_eq!((named("name==a"), named("name==b")), (1, 0));
-        assert_eq!(named("labels.\"containerd.io/gc.bref.container\"==c"), 1);
-        again.deactivate(&namespace, "a").unwrap();
-        assert!(matches!(
-            again.deactivate(&namespace, "a"),
-            Err(Error::NotFound { .. })
-        ));
-        assert_eq!(std::fs::read_dir(state.join(DIR)).unwrap().count(), 0);
-    }
-}
+#[path = "tests.rs"]
+mod tests;

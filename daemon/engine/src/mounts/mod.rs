@@ -16,6 +16,7 @@
 
 mod loopdev;
 mod manager;
+mod record;
 
 pub(crate) use manager::needed;
 pub use manager::{Activate, Activation, Active, Error, Mounts};

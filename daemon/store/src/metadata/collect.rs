@@ -1,12 +1,12 @@
 //! What a collection needs of the records: all references, a barrier while it runs, removal in small
-//! batches, and the stores below brought in line with the records.
+//! batches, and the stores below rid of what was removed.
 //!
 //! A collection reads without a lock, so records change under it. From its begin to its end every
 //! change tells the barrier what it wrote and what that refers to. A batch of removals first takes
 //! over what the barrier has, then judges: an object that was reachable when the batch runs is
 //! reachable by references that were read unchanged, or its last new reference passed the barrier.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
@@ -16,10 +16,9 @@ use lighter_proto::errdefs::{Classify, ErrorKind};
 
 use super::db::{Change, Discarded, Inner};
 use super::edges::{self, Fact, Kind, Node};
-use super::keys::{self, Builder, Parts, table};
-use super::records::{IngestRecord, SnapshotRecord};
+use super::keys::{self, Builder, table};
 use super::snapshots::pin_name;
-use super::{Db, Snapshots, content, images, leases};
+use super::{Db, content, images, leases};
 use crate::{Digest, Error, Namespace, Scope};
 
 /// Records read at a time.
@@ -254,7 +253,7 @@ impl Db {
         Ok(())
     }
 
-    fn pages(&self, table: u8, each: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), Error> {
+    pub(super) fn pages(&self, table: u8, each: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), Error> {
         let mut start = Builder::new(table).prefix();
         let end = Builder::new(table + 1).prefix();
         loop {
@@ -325,7 +324,7 @@ impl Db {
         done
     }
 
-    async fn reclaim_blob(&self, digest: &str, done: &mut Reclaimed) {
+    pub(super) async fn reclaim_blob(&self, digest: &str, done: &mut Reclaimed) {
         let Ok(parsed) = Digest::parse(digest) else {
             return;
         };
@@ -346,7 +345,7 @@ impl Db {
     }
 
     /// Removes snapshots from a driver; those with children wait for them.
-    async fn reclaim_snapshots(
+    pub(super) async fn reclaim_snapshots(
         &self,
         snapshotter: &str,
         mut backends: Vec<String>,
@@ -384,241 +383,5 @@ impl Db {
             }
             _ => {}
         }
-    }
-
-    /// Brings the stores below in line with the records: removes what no record owns, finishes
-    /// commits that a crash interrupted, drops records of blobs whose bytes are gone (so that a pull
-    /// brings them back) and reports all of it. For the first collection after a start.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub async fn reconcile(&self) -> Result<Reclaimed, Error> {
-        let mut done = Reclaimed::default();
-        let names: Vec<String> = self.inner.snapshotters.keys().cloned().collect();
-        for name in names {
-            if let Err(error) = self.reconcile_snapshots(&name, &mut done).await {
-                tracing::warn!(%error, snapshotter = name, "snapshots are not reconciled");
-            }
-        }
-        self.reconcile_blobs(&mut done).await?;
-        self.reconcile_ingests(&mut done).await?;
-        if done != Reclaimed::default() {
-            tracing::info!(
-                blobs = done.blobs,
-                ingests = done.ingests,
-                snapshots = done.snapshots,
-                broken = done.broken,
-                "stores reconciled with the records"
-            );
-        }
-        Ok(done)
-    }
-
-    async fn reconcile_snapshots(&self, name: &str, done: &mut Reclaimed) -> Result<(), Error> {
-        let snapshots = self.snapshots(name)?;
-        let below = snapshots.driver().walk().await?;
-        let mut orphans = Vec::new();
-        for info in &below {
-            let in_flight = self
-                .inner
-                .in_flight
-                .contains(&format!("{name}/{}", info.name));
-            if !in_flight
-                && self
-                    .inner
-                    .kv
-                    .get(&keys::backend(name, &info.name))?
-                    .is_none()
-            {
-                orphans.push(info.name.clone());
-            }
-        }
-        let present: HashSet<&str> = below.iter().map(|info| info.name.as_str()).collect();
-        let (mut interrupted, mut lost) = (Vec::new(), Vec::new());
-        self.pages(table::SNAPSHOTS, &mut |key, value| {
-            let of = Parts::of(key).and_then(|(_, mut parts)| {
-                let namespace = Namespace::new(&parts.name()?).ok()?;
-                (parts.name()? == name).then_some((namespace, parts.last()?.to_owned()))
-            });
-            if let (Some((namespace, key)), Ok(record)) =
-                (of, <SnapshotRecord as prost::Message>::decode(value))
-            {
-                match &record.committing {
-                    Some(committing) if present.contains(committing.backend.as_str()) => {
-                        orphans.retain(|orphan| *orphan != committing.backend);
-                        interrupted.push((namespace, key));
-                    }
-                    _ if !present.contains(record.backend.as_str()) => {
-                        done.broken += 1;
-                        tracing::warn!(%namespace, key, snapshotter = name, "a snapshot's directory is missing");
-                        lost.push((namespace, key, record.backend));
-                    }
-                    _ => {}
-                }
-            }
-        })?;
-        for (namespace, key) in interrupted {
-            if self.inner.in_flight.contains(&format!("{name}/{key}")) {
-                continue;
-            }
-            let finished = self
-                .inner
-                .update(|change| snapshots.finish_commit(change, &namespace, &key));
-            match finished.await {
-                Ok(()) => tracing::info!(%namespace, key, "an interrupted commit was finished"),
-                Err(error) => tracing::warn!(%error, %namespace, key, "an interrupted commit"),
-            }
-        }
-        if snapshots.driver().shares_records() {
-            self.forget_lost_snapshots(&snapshots, lost).await;
-        }
-        orphans.reverse();
-        self.reclaim_snapshots(name, orphans, done).await;
-        Ok(())
-    }
-
-    /// Drops records of snapshots that their driver lost, children first, so that they can be made
-    /// anew. One that something is built on stays, and is reported at every start.
-    async fn forget_lost_snapshots(
-        &self,
-        snapshots: &Snapshots,
-        mut lost: Vec<(Namespace, String, String)>,
-    ) {
-        let name = snapshots.name();
-        loop {
-            let before = lost.len();
-            let mut left = Vec::new();
-            for (namespace, key, backend) in lost {
-                let found = snapshots.driver().stat(&backend).await;
-                let gone = found.is_err_and(|error| error.kind() == ErrorKind::NotFound);
-                let used = self.inner.in_flight.contains(&format!("{name}/{key}"))
-                    || self.inner.pins.contains(&pin_name(&namespace, name, &key));
-                if !gone || used {
-                    continue;
-                }
-                let dropped = self
-                    .inner
-                    .update(|change| snapshots.remove_in(change, &namespace, &key));
-                match dropped.await {
-                    Ok(()) => {
-                        tracing::warn!(%namespace, key, snapshotter = name, "its record is dropped");
-                    }
-                    Err(error) if error.kind() == ErrorKind::NotFound => {}
-                    Err(_) => left.push((namespace, key, backend)),
-                }
-            }
-            lost = left;
-            if lost.is_empty() || lost.len() == before {
-                break;
-            }
-        }
-        for (namespace, key, _) in lost {
-            tracing::error!(%namespace, key, snapshotter = name,
-                "a snapshot without directory has children; remove what is built on it");
-        }
-    }
-
-    async fn reconcile_blobs(&self, done: &mut Reclaimed) -> Result<(), Error> {
-        let mut present = HashSet::new();
-        for stored in self.inner.content.walk().await? {
-            let digest = stored.digest.as_str();
-            if !self.inner.kv.any(&keys::holders(digest).prefix())? {
-                self.reclaim_blob(digest, done).await;
-            }
-            present.insert(stored.digest);
-        }
-        let mut lost = Vec::new();
-        self.pages(table::BLOBS, &mut |key, _| {
-            let of = Parts::of(key).and_then(|(_, mut parts)| {
-                let namespace = Namespace::new(&parts.name()?).ok()?;
-                Some((namespace, Digest::parse(parts.last()?).ok()?))
-            });
-            if let Some((namespace, digest)) = of
-                && !present.contains(&digest)
-            {
-                lost.push((namespace, digest));
-            }
-        })?;
-        for (namespace, digest) in lost {
-            // It may have come after the walk.
-            let _file = self.inner.digests.lock(digest.as_str()).await;
-            match self.inner.content.size(&digest).await {
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                _ => continue,
-            }
-            done.broken += 1;
-            tracing::warn!(%namespace, %digest, "a blob's bytes are missing; its record is dropped");
-            self.inner
-                .update(|change| content::remove_blob(change, &namespace, digest.as_str()))
-                .await?;
-        }
-        Ok(())
-    }
-
-    async fn reconcile_ingests(&self, done: &mut Reclaimed) -> Result<(), Error> {
-        done.ingests += self.inner.content.heal().await?;
-        let mut present = HashSet::new();
-        for status in self.inner.content.statuses().await? {
-            let backend = status.reference;
-            present.insert(backend.clone());
-            let mut parts = backend.splitn(3, '/');
-            let (Some(namespace), Some(_), Some(reference)) =
-                (parts.next(), parts.next(), parts.next())
-            else {
-                continue;
-            };
-            let Ok(namespace) = Namespace::new(namespace) else {
-                continue;
-            };
-            if self.inner.refs.is_held(&format!("{namespace}/{reference}"))
-                || self.inner.has_ingest(&namespace, reference, &backend)?
-            {
-                continue;
-            }
-            match self.inner.content.abort(&backend).await {
-                Ok(()) => done.ingests += 1,
-                Err(error) => tracing::debug!(%error, reference, "removal of an ingest"),
-            }
-        }
-        self.forget_lost_ingests(&present, done).await
-    }
-
-    /// Drops records of ingests whose bytes are gone, so that a client begins anew.
-    async fn forget_lost_ingests(
-        &self,
-        present: &HashSet<String>,
-        done: &mut Reclaimed,
-    ) -> Result<(), Error> {
-        let mut lost = Vec::new();
-        self.pages(table::INGESTS, &mut |key, value| {
-            let of = Parts::of(key).and_then(|(_, mut parts)| {
-                let namespace = Namespace::new(&parts.name()?).ok()?;
-                Some((namespace, parts.last()?.to_owned()))
-            });
-            if let (Some((namespace, reference)), Ok(record)) =
-                (of, <IngestRecord as prost::Message>::decode(value))
-                && record.expected.is_empty()
-                && !present.contains(&record.backend)
-            {
-                lost.push((namespace, reference, key.to_vec(), value.to_vec()));
-            }
-        })?;
-        for (namespace, reference, key, value) in lost {
-            if self.inner.refs.is_held(&format!("{namespace}/{reference}")) {
-                continue;
-            }
-            done.broken += 1;
-            tracing::warn!(%namespace, reference, "an ingest's bytes are missing; its record is dropped");
-            self.inner
-                .update(|change| {
-                    // It may have been opened anew meanwhile.
-                    if change.tx.get(&key)?.is_some_and(|now| *now == *value) {
-                        content::forget_ingest(change, &namespace, &key, &value)?;
-                    }
-                    Ok(())
-                })
-                .await?;
-        }
-        Ok(())
     }
 }

@@ -18,6 +18,7 @@ pub mod edges;
 mod encoded;
 mod keys;
 mod mask;
+mod reconcile;
 mod records;
 
 use std::collections::BTreeMap;

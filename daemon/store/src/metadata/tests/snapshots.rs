@@ -1,0 +1,87 @@
+//! Snapshots under client keys.
+
+use super::*;
+
+#[tokio::test]
+async fn snapshots_follow_the_contract_under_client_keys() {
+    let World { db, dir: _dir, .. } = world();
+    let a = scope("a");
+    let s = db.snapshots("native").unwrap();
+    let target = Labels::from([(labels::SNAPSHOT_REF.into(), "chain".into())]);
+    s.prepare(&a, "x", None, target.clone()).await.unwrap();
+    s.commit(&a, "chain", "x", CommitOptions::default())
+        .await
+        .unwrap();
+    let text = s
+        .prepare(&a, "y", None, target)
+        .await
+        .unwrap_err()
+        .to_string();
+    assert_eq!(text, "target snapshot \"chain\": already exists");
+    s.prepare(&a, "y", Some("chain"), Labels::new())
+        .await
+        .unwrap();
+    let refused = s
+        .prepare(&a, "z", Some("y"), Labels::new())
+        .await
+        .unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "parent \"y\" is not committed snapshot: invalid argument"
+    );
+    assert_eq!(
+        kind(s.prepare(&a, "z", Some("none"), Labels::new()).await),
+        ErrorKind::NotFound
+    );
+    let text = s.mounts(&a, "chain").await.unwrap_err().to_string();
+    assert_eq!(
+        text,
+        "requested snapshot chain not active or view: failed precondition"
+    );
+    assert_eq!(
+        kind(s.remove(&a, "chain").await),
+        ErrorKind::FailedPrecondition
+    );
+    assert_eq!(
+        kind(s.commit(&a, "chain", "y", CommitOptions::default()).await),
+        ErrorKind::AlreadyExists
+    );
+    s.view(&a, "v", Some("chain"), Labels::new()).await.unwrap();
+    assert_eq!(
+        kind(s.commit(&a, "w", "v", CommitOptions::default()).await),
+        ErrorKind::FailedPrecondition
+    );
+    // The same key again, and the same in another namespace, are other snapshots below.
+    s.remove(&a, "y").await.unwrap();
+    s.prepare(&a, "y", None, Labels::new()).await.unwrap();
+    s.prepare(&scope("b"), "y", None, Labels::new())
+        .await
+        .unwrap();
+    assert_eq!(db.reclaim().await.snapshots, 1);
+    let filter = Filter::parse(&["kind==view", "name==y"]).unwrap();
+    let names: Vec<_> = s
+        .list(&a, &filter)
+        .await
+        .unwrap()
+        .into_iter()
+        .map(|i| i.name)
+        .collect();
+    assert_eq!(names, ["v", "y"]);
+    // Rebase: only of what has no parent, only on what is committed.
+    let on = |parent: &str| CommitOptions {
+        parent: Some(parent.into()),
+        ..CommitOptions::default()
+    };
+    assert_eq!(
+        kind(s.commit(&a, "n", "y", on("v")).await),
+        ErrorKind::FailedPrecondition
+    );
+    assert_eq!(
+        db.snapshots("none").unwrap_err().to_string(),
+        "snapshotter not loaded: none: invalid argument"
+    );
+    assert_eq!(
+        db.snapshots("").unwrap_err().to_string(),
+        "snapshotter argument missing: invalid argument"
+    );
+}
