@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use lighter_integration::{Client, Daemon, Result, image};
+use lighter_integration::{Client, Daemon, Result, Subject, image};
 use lighter_proto::containerd::services as svc;
 use lighter_proto::containerd::types;
 use prost_types::{Any, FieldMask};
@@ -19,7 +19,10 @@ fn mask(path: &str) -> Option<FieldMask> {
 
 fn invalid<T: std::fmt::Debug>(what: &str, answer: Result<T, Status>) {
     let status = answer.expect_err(what);
-    assert_eq!(status.code(), Code::InvalidArgument, "{what}: {status}");
+    // The reference gives some refusals another code, or none.
+    if Subject::of_run() == Subject::Lighter {
+        assert_eq!(status.code(), Code::InvalidArgument, "{what}: {status}");
+    }
     assert!(!status.message().is_empty(), "{what}");
 }
 

@@ -49,7 +49,10 @@ pub enum Error {
         /// Why.
         reason: String,
     },
-    /// A mount could not be made or undone.
+    /// The system refused a mount, or it makes no sense.
+    #[error(transparent)]
+    Mount(#[from] lighter_snapshotter::mount::Error),
+    /// What a mount needs could not be made, or a mount not be undone.
     #[error("{reason}")]
     Failed {
         /// Which and why.
@@ -64,6 +67,7 @@ impl Classify for Error {
             Self::NotFound { .. } => ErrorKind::NotFound,
             Self::Needless => ErrorKind::Unimplemented,
             Self::Invalid { .. } => ErrorKind::InvalidArgument,
+            Self::Mount(error) => error.kind(),
             Self::Failed { .. } => ErrorKind::Internal,
         }
     }
@@ -288,7 +292,7 @@ impl Mounts {
                     target: String::new(),
                     ..mount.clone()
                 };
-                mount_at(&alone, &point).map_err(|e| failed(render(&e)))?;
+                mount_at(&alone, &point)?;
             }
             activation.active.push(Active {
                 mount,
