@@ -90,9 +90,9 @@ impl Remote {
             "{} is larger than {MAX_JSON} bytes, too large for a manifest or config",
             target.digest
         );
-        let mut sink = Memory::default();
+        let mut sink = Vec::<u8>::new();
         self.session.fetch(target, &mut sink, &|_| {}).await?;
-        Ok(sink.0)
+        Ok(sink)
     }
 
     /// Fetches a blob into an ingest that was just opened; `progress` hears how far it is.
@@ -224,27 +224,6 @@ fn sum(hash: &Sha256) -> Digest {
 
 fn refused(message: impl Into<String>) -> SinkError {
     WireError::new(ErrorKind::Unknown, message).into()
-}
-
-#[derive(Debug, Default)]
-struct Memory(Vec<u8>);
-
-#[async_trait]
-impl Sink for Memory {
-    fn offset(&self) -> u64 {
-        self.0.len() as u64
-    }
-    async fn digest(&mut self) -> Result<Digest, SinkError> {
-        Ok(Digest::of(&self.0))
-    }
-    async fn write(&mut self, data: Bytes) -> Result<(), SinkError> {
-        self.0.extend_from_slice(&data);
-        Ok(())
-    }
-    async fn reset(&mut self) -> Result<(), SinkError> {
-        self.0.clear();
-        Ok(())
-    }
 }
 
 /// An ingest of the daemon's content store.

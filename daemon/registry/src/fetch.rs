@@ -49,6 +49,25 @@ pub trait Sink: Send {
     async fn reset(&mut self) -> Result<(), SinkError>;
 }
 
+/// Into memory: for what is small and is looked at right away.
+#[async_trait]
+impl Sink for Vec<u8> {
+    fn offset(&self) -> u64 {
+        self.len() as u64
+    }
+    async fn digest(&mut self) -> Result<Digest, SinkError> {
+        Ok(Digest::of(self.as_slice()))
+    }
+    async fn write(&mut self, data: Bytes) -> Result<(), SinkError> {
+        self.extend_from_slice(&data);
+        Ok(())
+    }
+    async fn reset(&mut self) -> Result<(), SinkError> {
+        self.clear();
+        Ok(())
+    }
+}
+
 /// Called with the sink's offset after every write.
 pub type Progress<'a> = &'a (dyn Fn(u64) + Send + Sync);
 

@@ -145,11 +145,11 @@ impl Fetcher {
                 reason: format!("rejecting {} byte manifest", descriptor.size_bytes),
             });
         }
-        let mut sink = Memory::default();
+        let mut sink = Vec::<u8>::new();
         session
             .fetch(&descriptor.target(), &mut sink, &|_| {})
             .await?;
-        Ok(sink.bytes.into())
+        Ok(sink.into())
     }
 
     fn session(&self, descriptor: &Descriptor) -> Result<&Arc<Session>, Error> {
@@ -354,29 +354,6 @@ impl Fetcher {
             .content
             .read(&self.options.scope, &descriptor.digest, limit_bytes)
             .await?)
-    }
-}
-
-#[derive(Debug, Default)]
-struct Memory {
-    bytes: Vec<u8>,
-}
-
-#[async_trait]
-impl Sink for Memory {
-    fn offset(&self) -> u64 {
-        self.bytes.len() as u64
-    }
-    async fn digest(&mut self) -> Result<Digest, SinkError> {
-        Ok(Digest::of(&self.bytes))
-    }
-    async fn write(&mut self, data: Bytes) -> Result<(), SinkError> {
-        self.bytes.extend_from_slice(&data);
-        Ok(())
-    }
-    async fn reset(&mut self) -> Result<(), SinkError> {
-        self.bytes.clear();
-        Ok(())
     }
 }
 

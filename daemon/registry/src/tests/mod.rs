@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use bytes::Bytes;
 use lighter_floor::Digest;
 use lighter_proto::errdefs::{Classify, ErrorKind, render};
@@ -16,28 +15,6 @@ use self::server::{Asked, Reply, Server};
 use super::hosts::HostsConfig;
 use super::session::Access;
 use super::*;
-
-/// A sink in memory.
-#[derive(Debug, Default)]
-struct Memory(Vec<u8>);
-
-#[async_trait]
-impl Sink for Memory {
-    fn offset(&self) -> u64 {
-        self.0.len() as u64
-    }
-    async fn digest(&mut self) -> Result<Digest, SinkError> {
-        Ok(Digest::of(&self.0))
-    }
-    async fn write(&mut self, data: Bytes) -> Result<(), SinkError> {
-        self.0.extend_from_slice(&data);
-        Ok(())
-    }
-    async fn reset(&mut self) -> Result<(), SinkError> {
-        self.0.clear();
-        Ok(())
-    }
-}
 
 fn limits() -> Limits {
     Limits {
@@ -82,9 +59,9 @@ fn blob(bytes: &[u8]) -> Target {
 }
 
 async fn fetched(session: &Session, target: &Target) -> Result<Vec<u8>, Error> {
-    let mut sink = Memory::default();
+    let mut sink = Vec::<u8>::new();
     session.fetch(target, &mut sink, &|_| {}).await?;
-    Ok(sink.0)
+    Ok(sink)
 }
 
 fn big() -> Vec<u8> {
@@ -385,13 +362,13 @@ async fn a_server_that_ignores_ranges_is_read_past_what_is_there() {
     let bytes = big()[..200_000].to_vec();
     let served = bytes.clone();
     let server = Server::start(move |_| Reply::ok(&served)).await;
-    let mut sink = Memory(bytes[..90_000].to_vec());
+    let mut sink = bytes[..90_000].to_vec();
     let session = pull(&server).await;
     session
         .fetch(&blob(&bytes), &mut sink, &|_| {})
         .await
         .expect("fetched");
-    assert_eq!(sink.0, bytes);
+    assert_eq!(sink, bytes);
 }
 
 #[tokio::test]
@@ -445,14 +422,14 @@ async fn wrong_short_and_long_bodies_fail_and_leave_nothing() {
     ] {
         let served = body.to_vec();
         let server = Server::start(move |_| Reply::ok(&served)).await;
-        let mut sink = Memory::default();
+        let mut sink = Vec::<u8>::new();
         let session = pull(&server).await;
         let error = session
             .fetch(&target, &mut sink, &|_| {})
             .await
             .expect_err("not these bytes");
         assert_eq!(error.kind(), want, "{error}");
-        assert!(want == ErrorKind::Unknown || sink.0.is_empty());
+        assert!(want == ErrorKind::Unknown || sink.is_empty());
     }
 }
 
