@@ -88,20 +88,56 @@ impl Install {
                         open = Some(self.create(dir, &name, installed)?);
                     }
                 }
-                Piece::Link { name, .. } => {
+                Piece::Link { name, target } => {
                     finish(open.take(), installed)?;
-                    anyhow::ensure!(
-                        !self.wants(&name),
-                        "{name} is a link, which is not installed: have the image hold a file"
-                    );
+                    if self.wants(&name) {
+                        self.link(dir, &name, &target, installed)?;
+                    }
                 }
             }
         }
         finish(open.take(), installed)
     }
 
+    /// Another name of a file that is installed as well.
+    fn link(
+        &self,
+        dir: &Path,
+        name: &str,
+        target: &str,
+        installed: &mut Vec<PathBuf>,
+    ) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.wants(target),
+            "{name} is a link to {target}, which is not installed: have the image hold a file"
+        );
+        let (temp, path) = self.place(dir, name, installed)?;
+        // From one directory to the same or to the other.
+        std::os::unix::fs::symlink(Path::new("..").join(target), &temp)
+            .with_context(|| format!("make {}", temp.display()))?;
+        keep(&Temp(temp), path, installed)
+    }
+
     /// A file beside the one to install, which takes its place when it is whole.
     fn create(&self, dir: &Path, name: &str, installed: &[PathBuf]) -> anyhow::Result<Fresh> {
+        let (temp, target) = self.place(dir, name, installed)?;
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o755)
+            .open(&temp)
+            .with_context(|| format!("make {}", temp.display()))?;
+        let temp = Temp(temp);
+        Ok(Fresh { file, temp, target })
+    }
+
+    /// A name to work under, and the one to install; their directory is there.
+    fn place(
+        &self,
+        dir: &Path,
+        name: &str,
+        installed: &[PathBuf],
+    ) -> anyhow::Result<(PathBuf, PathBuf)> {
         let target = dir.join(name);
         // A later layer's file replaces an earlier one's in any case.
         if !self.replace && !installed.contains(&target) && target.symlink_metadata().is_ok() {
@@ -113,40 +149,39 @@ impl Install {
         let parent = target.parent().unwrap_or(dir);
         fs::create_dir_all(parent).with_context(|| format!("make {}", parent.display()))?;
         let temp = target.with_file_name(format!(".{:08x}.installing", rand::random::<u32>()));
-        let file = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o755)
-            .open(&temp)
-            .with_context(|| format!("make {}", temp.display()))?;
-        Ok(Fresh { file, temp, target })
+        Ok((temp, target))
     }
 }
 
-/// A file that is being installed; dropped, it is gone.
+/// A file under a name to work under; dropped, it is gone.
+struct Temp(PathBuf);
+
+impl Drop for Temp {
+    fn drop(&mut self) {
+        // Not there any more once it has its own name.
+        let _gone = fs::remove_file(&self.0);
+    }
+}
+
+/// A file that is being installed.
 struct Fresh {
     file: File,
-    temp: PathBuf,
+    temp: Temp,
     target: PathBuf,
-}
-
-impl Drop for Fresh {
-    fn drop(&mut self) {
-        // Not there any more once it has its name.
-        let _gone = fs::remove_file(&self.temp);
-    }
 }
 
 fn finish(fresh: Option<Fresh>, installed: &mut Vec<PathBuf>) -> anyhow::Result<()> {
     let Some(fresh) = fresh else { return Ok(()) };
-    let (temp, target) = (&fresh.temp, &fresh.target);
-    fresh
-        .file
-        .sync_all()
-        .and_then(|()| fs::rename(temp, target))
-        .with_context(|| format!("install {}", target.display()))?;
-    if !installed.contains(target) {
-        installed.push(target.clone());
+    let synced = fresh.file.sync_all();
+    synced.with_context(|| format!("write {}", fresh.temp.0.display()))?;
+    keep(&fresh.temp, fresh.target, installed)
+}
+
+/// Gives a file its own name.
+fn keep(temp: &Temp, target: PathBuf, installed: &mut Vec<PathBuf>) -> anyhow::Result<()> {
+    fs::rename(&temp.0, &target).with_context(|| format!("install {}", target.display()))?;
+    if !installed.contains(&target) {
+        installed.push(target);
     }
     Ok(())
 }
@@ -196,6 +231,10 @@ mod tests {
             header.set_mode(0o644);
             tar.append_data(&mut header, name, text.as_bytes()).unwrap();
         }
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Symlink);
+        header.set_size(0);
+        tar.append_link(&mut header, "bin/other", "tool").unwrap();
         let file = tar.into_inner().unwrap();
         let mut install = Install {
             libs: false,
@@ -213,7 +252,9 @@ mod tests {
             .layer(dir.path(), again(), &mut installed)
             .await
             .unwrap();
-        assert_eq!(installed, [dir.path().join("bin/tool")]);
+        let bin = |name: &str| dir.path().join("bin").join(name);
+        assert_eq!(installed, [bin("tool"), bin("other")]);
+        assert_eq!(fs::read_to_string(bin("other")).unwrap(), "new");
         assert_eq!(fs::read_to_string(&installed[0]).unwrap(), "new");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         let refused = install.layer(dir.path(), again(), &mut Vec::new()).await;
@@ -225,6 +266,6 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(fs::read_to_string(&installed[0]).unwrap(), "new");
-        assert_eq!(fs::read_dir(dir.path().join("bin")).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(dir.path().join("bin")).unwrap().count(), 2);
     }
 }
