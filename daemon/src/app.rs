@@ -16,6 +16,7 @@ use lighter_proto::errdefs::{Classify as _, WireError, render};
 use lighter_store::metadata::{Containers, Db};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::service::Routes;
 use tracing::{info, warn};
 
 use crate::config::{Config, Socket};
@@ -23,7 +24,7 @@ use crate::cri;
 use crate::plugin::builtins::{self, kind};
 use crate::routes::{Engines, routes, with_cri};
 use crate::server::{
-    debug, grpc, http, listen, metrics::Metrics, observe::InFlight, task_metrics, ttrpc,
+    debug, grpc, http, listen, metrics::Metrics, observe::InFlight, task_metrics, tls, ttrpc,
 };
 use crate::services::introspection;
 use crate::stores::{self, Stores};
@@ -230,11 +231,11 @@ impl App {
             tracker: tracker.clone(),
             introspection,
         };
-        let plain = routes(engines, config.limits, &graph).await;
+        let routes = routes(engines, config.limits, &graph).await;
         let gate = cri.gate().filter(|_| graph.works(kind::GRPC, "cri"));
-        let routes = match gate {
-            Some(gate) => with_cri(plain.clone(), gate, config.limits),
-            None => plain.clone(),
+        let routes = match &gate {
+            Some(gate) => with_cri(routes, Arc::clone(gate), config.limits),
+            None => routes,
         };
 
         // Listeners: all bound before any is served.
@@ -249,15 +250,19 @@ impl App {
         cri.recover(&tracker);
         let shims = ttrpc::serve(events, tasks.clone()).await?;
         if let Some(tcp) = &config.tcp {
+            let tls = tcp.tls.as_ref().map(tls::acceptor).transpose();
+            let tls = tls.context("grpc.tcp_tls_*")?;
             let listener = listen::tcp(&tcp.address).await?;
-            let routes = if config.plugins.cri.server.disable_tcp_service {
-                plain
-            } else {
-                routes.clone()
+            // Whoever may call the rest owns the machine: it is for the socket, as in the reference.
+            let routes = match &gate {
+                Some(gate) if !config.plugins.cri.server.disable_tcp_service => {
+                    with_cri(Routes::default(), Arc::clone(gate), config.limits)
+                }
+                _ => Routes::default(),
             };
             let (in_flight, metrics) = (Arc::clone(&in_flight), metrics.clone());
             let serving = grpc::Serving::new(routes, in_flight, metrics, stop.clone());
-            tracker.spawn(serving.tcp(listener));
+            tracker.spawn(serving.tcp(listener, tls));
         }
         let measured =
             graph.works(kind::MONITOR, "cgroups") && !config.plugins.cgroups.no_prometheus;

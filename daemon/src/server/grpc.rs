@@ -10,7 +10,8 @@ use hyper::server::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
@@ -31,6 +32,8 @@ const FRAME_BYTES: u32 = 1 << 20;
 const MAX_STREAMS: u32 = 10_000;
 /// Pause after a failed accept, so that a lack of descriptors does not become a busy loop.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Longest that a client may take to agree on keys.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 
 /// All services of the daemon, as the servers share them.
 #[derive(Debug, Clone)]
@@ -57,24 +60,30 @@ impl Serving {
     /// Serves a Unix socket until told to stop, then lets what is in flight end.
     pub(crate) async fn unix(self, listener: UnixListener) {
         let accept = || async { listener.accept().await.map(|(stream, _)| stream) };
-        self.serve(accept).await;
+        self.serve(accept, Self::talk).await;
     }
 
-    /// Serves a TCP port likewise.
-    pub(crate) async fn tcp(self, listener: TcpListener) {
+    /// Serves a TCP port likewise, encrypted where `tls` is given.
+    pub(crate) async fn tcp(self, listener: TcpListener, tls: Option<TlsAcceptor>) {
         let accept = || async {
             let (stream, _) = listener.accept().await?;
             // An answer is one small packet: it must not wait for another.
             stream.set_nodelay(true)?;
             Ok(stream)
         };
-        self.serve(accept).await;
+        match tls {
+            None => self.serve(accept, Self::talk).await,
+            Some(tls) => {
+                let greet = move |serving: Self, stream| serving.greet(tls.clone(), stream);
+                self.serve(accept, greet).await;
+            }
+        }
     }
 
-    async fn serve<S, A>(self, accept: impl Fn() -> A)
+    async fn serve<S, A, T>(self, accept: impl Fn() -> A, talk: impl Fn(Self, S) -> T)
     where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
         A: Future<Output = io::Result<S>>,
+        T: Future<Output = ()> + Send + 'static,
     {
         let connections = TaskTracker::new();
         loop {
@@ -83,7 +92,7 @@ impl Serving {
                 accepted = accept() => accepted,
             };
             match accepted {
-                Ok(stream) => drop(connections.spawn(self.clone().talk(stream))),
+                Ok(stream) => drop(connections.spawn(talk(self.clone(), stream))),
                 Err(error) => {
                     warn!(%error, "a connection was not accepted");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -92,6 +101,19 @@ impl Serving {
         }
         connections.close();
         connections.wait().await;
+    }
+
+    /// A connection that begins with TLS.
+    async fn greet(self, tls: TlsAcceptor, stream: TcpStream) {
+        let greeted = tokio::select! {
+            () = self.stop.cancelled() => return,
+            greeted = tokio::time::timeout(HANDSHAKE_LIMIT, tls.accept(stream)) => greeted,
+        };
+        match greeted {
+            Ok(Ok(stream)) => self.talk(stream).await,
+            Ok(Err(error)) => debug!(%error, "a TLS handshake failed"),
+            Err(_) => debug!("a TLS handshake took too long"),
+        }
     }
 
     /// One connection to its end; told to stop, it takes no more requests.

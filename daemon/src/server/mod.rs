@@ -9,4 +9,5 @@ pub(crate) mod listen;
 pub(crate) mod metrics;
 pub(crate) mod observe;
 pub(crate) mod task_metrics;
+pub(crate) mod tls;
 pub(crate) mod ttrpc;

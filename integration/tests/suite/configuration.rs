@@ -239,7 +239,15 @@ async fn what_cannot_be_done_is_refused_with_a_remedy() -> Result {
     for (text, remedy) in [
         (
             "version = 2\n[grpc]\ntcp_address = '127.0.0.1:1'\ntcp_tls_cert = '/c'\n",
-            "put a proxy that ends it before tcp_address",
+            "tcp_tls_key",
+        ),
+        (
+            "version = 2\n[grpc]\ntcp_address = '127.0.0.1:1'\ntcp_tls_ca = '/c'\n",
+            "tcp_tls_cert",
+        ),
+        (
+            "version = 2\n[grpc]\ntcp_address = '127.0.0.1:1'\ntcp_tls_common_name = 'c'\n",
+            "name files with tcp_tls_cert",
         ),
         ("version = 2\nfrobnicate = 1\n", "frobnicate"),
         ("version = 9\n", "version"),

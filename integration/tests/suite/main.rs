@@ -56,5 +56,6 @@ mod sandboxes;
 mod shims;
 mod snapshots;
 mod terminal;
+mod tls;
 mod transfer;
 mod warm;
