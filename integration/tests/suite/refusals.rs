@@ -241,9 +241,11 @@ async fn digests_that_are_none_are_refused_wherever_one_is_meant() -> Result {
         };
         invalid(bad, client.diff().apply(apply).await);
     }
-    let all = content::ListStatusesRequest { filters: vec![] };
-    let left = client.content().list_statuses(all).await?.into_inner();
-    assert!(left.statuses.is_empty(), "{left:?}");
+    if daemon.subject() == Subject::Lighter {
+        let all = content::ListStatusesRequest { filters: vec![] };
+        let left = client.content().list_statuses(all).await?.into_inner();
+        assert!(left.statuses.is_empty(), "{left:?}");
+    }
     daemon.finish().await
 }
 
