@@ -4,7 +4,7 @@ mod collection;
 mod content;
 mod leases;
 mod measured;
-mod records;
+mod objects;
 mod restart;
 mod snapshots;
 
@@ -168,4 +168,47 @@ async fn blob(db: &Db, scope: &Scope, data: &[u8], labels: &[(&str, &str)]) -> D
         .map(|(k, v)| ((*k).into(), (*v).into()))
         .collect();
     writer.commit(0, None, labels).await.unwrap()
+}
+
+/// A plain judge: full reach over everything.
+#[derive(Default)]
+struct Plain {
+    edges: HashMap<Node, Vec<Node>>,
+    found: Vec<Node>,
+    kept: HashSet<Node>,
+}
+
+impl Plain {
+    fn scan(db: &Db) -> Self {
+        let mut plain = Self::default();
+        let mut roots = Vec::new();
+        db.facts(&mut |fact| match fact {
+            Fact::Exists(node) => plain.found.push(node),
+            Fact::Root(node, _) => roots.push(node),
+            Fact::Edge { from, to, .. } | Fact::Conditional { from, to, .. } => {
+                plain.edges.entry(from).or_default().push(to);
+            }
+            Fact::UsedAt(..) => {}
+        })
+        .unwrap();
+        for root in roots {
+            plain.shade(&root);
+        }
+        plain
+    }
+}
+
+impl Judge for Plain {
+    fn shade(&mut self, node: &Node) {
+        let mut grey = vec![node.clone()];
+        while let Some(node) = grey.pop() {
+            if self.kept.insert(node.clone()) {
+                grey.extend(self.edges.get(&node).into_iter().flatten().cloned());
+            }
+        }
+    }
+
+    fn is_garbage(&self, node: &Node) -> bool {
+        !self.kept.contains(node)
+    }
 }
