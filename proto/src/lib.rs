@@ -29,5 +29,7 @@ pub const CRI_DESCRIPTOR_SET: &[u8] =
 
 pub mod any;
 pub mod errdefs;
+pub mod line;
+mod sys;
 pub mod time;
 pub mod ttrpc;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use lighter_proto::line::Line;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio_rustls::TlsAcceptor;
@@ -59,7 +60,8 @@ impl Serving {
 
     /// Serves a Unix socket until told to stop, then lets what is in flight end.
     pub(crate) async fn unix(self, listener: UnixListener) {
-        let accept = || async { listener.accept().await.map(|(stream, _)| stream) };
+        // Nobody is to be woken because a client has read its answer.
+        let accept = || async { Line::try_from(listener.accept().await?.0) };
         self.serve(accept, Self::talk).await;
     }
 

@@ -6,6 +6,7 @@ use futures::StreamExt as _;
 use lighter_engine::runtime::Manager;
 use lighter_proto::containerd::services::events::ttrpc::v1::ForwardRequest;
 use lighter_proto::errdefs::{ErrorKind, WireError, into_ttrpc};
+use lighter_proto::line::Line;
 use lighter_proto::ttrpc::{Methods, service, unary};
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -45,7 +46,7 @@ pub(crate) async fn serve(listener: UnixListener, tasks: Manager) -> Result<Serv
 /// Connections of our own user and group; others are closed, a failed accept is only logged.
 fn own_user(
     listener: UnixListener,
-) -> impl futures::Stream<Item = io::Result<tokio::net::UnixStream>> + Send + 'static {
+) -> impl futures::Stream<Item = io::Result<Line>> + Send + 'static {
     let (uid, gid) = (
         nix::unistd::geteuid().as_raw(),
         nix::unistd::getegid().as_raw(),
@@ -60,7 +61,7 @@ fn own_user(
             }
         };
         match stream.peer_cred() {
-            Ok(peer) if peer.uid() == uid && peer.gid() == gid => Some(Ok(stream)),
+            Ok(peer) if peer.uid() == uid && peer.gid() == gid => Some(Line::try_from(stream)),
             Ok(peer) => {
                 warn!(
                     uid = peer.uid(),
