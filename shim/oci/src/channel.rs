@@ -42,6 +42,16 @@ pub(crate) enum Message {
     ListenerTaken,
 }
 
+/// What [`Channel::poll`] found.
+#[derive(Debug)]
+pub(crate) enum Polled {
+    Message(Message),
+    /// Nothing for now.
+    Nothing,
+    /// Nothing any more.
+    Closed,
+}
+
 /// One end of the line.
 #[derive(Debug)]
 pub(crate) struct Channel(OwnedFd);
@@ -101,14 +111,28 @@ impl Channel {
 
     /// Receives a message; `None` when the other end is closed.
     pub(crate) fn receive(&self) -> Result<Option<Message>> {
+        match self.receive_with(RecvFlags::empty())? {
+            Polled::Message(message) => Ok(Some(message)),
+            Polled::Nothing | Polled::Closed => Ok(None),
+        }
+    }
+
+    /// Receives a message if one is there.
+    pub(crate) fn poll(&self) -> Result<Polled> {
+        self.receive_with(RecvFlags::DONTWAIT)
+    }
+
+    fn receive_with(&self, flags: RecvFlags) -> Result<Polled> {
         let mut packet = vec![0_u8; MAX_MESSAGE];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
             let mut parts = [IoSliceMut::new(&mut packet)];
-            match rustix::net::recvmsg(&self.0, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            let flags = flags | RecvFlags::CMSG_CLOEXEC;
+            match rustix::net::recvmsg(&self.0, &mut parts, &mut control, flags) {
                 Err(Errno::INTR) => {}
-                Err(Errno::CONNRESET) => return Ok(None),
+                Err(Errno::AGAIN) => return Ok(Polled::Nothing),
+                Err(Errno::CONNRESET) => return Ok(Polled::Closed),
                 other => break other.context(|| "receive from the other process")?,
             }
         };
@@ -118,7 +142,8 @@ impl Channel {
                 fd = fds.into_iter().next();
             }
         }
-        parse(&packet[..received.bytes], fd)
+        let message = parse(&packet[..received.bytes], fd)?;
+        Ok(message.map_or(Polled::Closed, Polled::Message))
     }
 
     /// Receives with read(2) only, which is all that a seccomp profile may leave.

@@ -80,25 +80,19 @@ impl<'a> Container<'a> {
         })
     }
 
-    /// As [`lock`](Self::lock), but `None` if somebody else has it.
-    fn try_lock(&self) -> Result<Option<Locked<'_>>> {
-        if !self.directory.try_lock()? {
-            return Ok(None);
-        }
-        let record = self
-            .directory
-            .read(&self.id)
-            .inspect_err(|_| self.directory.unlock())?;
-        Ok(Some(Locked {
-            container: self,
-            record,
-        }))
-    }
-
     /// The container's id.
     #[must_use]
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// Keeps its record at hand, for the parent of its first process.
+    ///
+    /// # Errors
+    /// `NotFound` if it was deleted meanwhile.
+    pub fn keep(self) -> Result<Kept> {
+        let record = self.directory.read(&self.id)?;
+        Ok(Kept::new(self.directory, record))
     }
 
     /// Its state at this moment.
@@ -126,16 +120,10 @@ impl<'a> Container<'a> {
     }
 
     pub(crate) fn status(&self, record: &Record) -> Status {
-        if !is_alive(record) {
-            return Status::Stopped;
-        }
-        if record.group.as_ref().is_some_and(Group::is_frozen) {
-            return Status::Paused;
-        }
-        if self.directory.waits_for_start() {
-            Status::Created
+        if is_alive(record) {
+            status_alive(&self.directory, record)
         } else {
-            Status::Running
+            Status::Stopped
         }
     }
 
@@ -154,68 +142,14 @@ impl<'a> Container<'a> {
     /// could not be executed or a hook failed.
     pub fn start(&self) -> Result<()> {
         let locked = self.lock()?;
-        let start = self.tell_start(&locked.record)?;
+        let status = self.status(&locked.record);
+        let start = tell_start(&self.directory, &locked.record, status)?;
         wait_for(&start, PollFlags::empty(), None)?;
         self.started(&locked.record)
     }
 
-    /// The first half of [`start`](Self::start), which waits for nothing: the program runs, or could not be executed,
-    /// when the returned descriptor shows an error to poll(2); [`finish_start`](Self::finish_start) then says which.
-    /// `None`, and nothing done, if the container is busy or has poststart hooks: those take [`start`](Self::start).
-    ///
-    /// # Errors
-    /// As [`start`](Self::start).
-    pub fn begin_start(&self) -> Result<Option<OwnedFd>> {
-        let Some(locked) = self.try_lock()? else {
-            return Ok(None);
-        };
-        if locked.has_hooks(|hooks| &hooks.poststart) {
-            return Ok(None);
-        }
-        self.tell_start(&locked.record).map(Some)
-    }
-
-    /// The second half of a start.
-    ///
-    /// # Errors
-    /// `Process` with the reason if the program could not be executed.
-    pub fn finish_start(&self) -> Result<()> {
-        match self.directory.failure() {
-            Some(text) => Err(Error::Process(text)),
-            None => Ok(()),
-        }
-    }
-
-    /// Lets init go on. Its end of the returned fifo closes when it executes its program, and when it dies.
-    fn tell_start(&self, record: &Record) -> Result<OwnedFd> {
-        match self.status(record) {
-            Status::Created | Status::Creating => {}
-            Status::Stopped => {
-                return Err(Error::State(
-                    "cannot start a container that has stopped".into(),
-                ));
-            }
-            Status::Running => {
-                return Err(Error::State(
-                    "cannot start an already running container".into(),
-                ));
-            }
-            Status::Paused => {
-                return Err(Error::State(
-                    "cannot start a paused container: resume it first".into(),
-                ));
-            }
-        }
-        let Some(start) = self.directory.open_start()? else {
-            return Err(Error::NotRunning);
-        };
-        rustix::io::write(&start, &record.pid.to_ne_bytes()).context(|| "start the container")?;
-        self.directory.remove_start();
-        Ok(start)
-    }
-
     fn started(&self, record: &Record) -> Result<()> {
-        self.finish_start()?;
+        started(&self.directory)?;
         if let Some(hooks) = record
             .hooks
             .as_ref()
@@ -333,32 +267,6 @@ impl<'a> Container<'a> {
             .stats()
     }
 
-    /// [`delete`](Self::delete) of a stopped container, if that takes no waiting: `false` if it would (its control
-    /// group is still busy, or it has poststop hooks, or systemd is to be asked). What was removed until then stays so.
-    ///
-    /// # Errors
-    /// As [`delete`](Self::delete).
-    pub fn delete_at_once(&self) -> Result<bool> {
-        let Some(locked) = self.try_lock()? else {
-            return Ok(false);
-        };
-        let record = &locked.record;
-        let waits = locked.has_hooks(|hooks| &hooks.poststop)
-            || record.systemd_unit.is_some()
-            || record.resctrl.is_some()
-            || record.namespaces & libc::CLONE_NEWPID == 0;
-        if waits || self.status(record) != Status::Stopped {
-            return Ok(false);
-        }
-        if let Some(group) = &record.group
-            && !group.remove_at_once()?
-        {
-            return Ok(false);
-        }
-        self.directory.remove()?;
-        Ok(true)
-    }
-
     /// Removes everything the runtime made for it, and runs the poststop hooks.
     ///
     /// # Errors
@@ -405,12 +313,143 @@ impl<'a> Container<'a> {
     }
 }
 
-impl Locked<'_> {
+/// A container whose creator still has its record at hand, and is the parent of its first process: starting and deleting
+/// are a handful of system calls then.
+#[derive(Debug)]
+pub struct Kept {
+    directory: Directory,
+    record: Record,
+}
+
+/// The lock of a [`Kept`] container, held.
+struct Turn<'a>(&'a Directory);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.unlock();
+    }
+}
+
+impl Kept {
+    pub(crate) fn new(directory: Directory, record: Record) -> Self {
+        Self { directory, record }
+    }
+
+    fn turn(&self) -> Result<Option<Turn<'_>>> {
+        let taken = self.directory.try_lock()?;
+        Ok(taken.then_some(Turn(&self.directory)))
+    }
+
     fn has_hooks(&self, kind: impl Fn(&Hooks) -> &Vec<Hook>) -> bool {
         let hooks = self.record.hooks.as_ref();
         hooks.is_some_and(|hooks| !kind(hooks).is_empty())
     }
 
+    /// The first half of [`Container::start`], which waits for nothing: the program runs, or could not be executed,
+    /// when the returned descriptor shows an error to poll(2); [`finish_start`](Self::finish_start) then says which.
+    /// `None`, and nothing done, if the container is busy or has poststart hooks: those take [`Container::start`].
+    ///
+    /// # Errors
+    /// As [`Container::start`].
+    pub fn begin_start(&self) -> Result<Option<OwnedFd>> {
+        if self.has_hooks(|hooks| &hooks.poststart) {
+            return Ok(None);
+        }
+        let Some(_turn) = self.turn()? else {
+            return Ok(None);
+        };
+        // One that has ended does not read its fifo any more.
+        let status = status_alive(&self.directory, &self.record);
+        tell_start(&self.directory, &self.record, status).map(Some)
+    }
+
+    /// The second half of a start.
+    ///
+    /// # Errors
+    /// `Process` with the reason if the program could not be executed.
+    pub fn finish_start(&self) -> Result<()> {
+        started(&self.directory)
+    }
+
+    /// [`Container::delete`] of a stopped container, if that takes no waiting: `false` if it would (its control group is
+    /// still busy, or it has poststop hooks, or systemd is to be asked). What was removed until then stays so.
+    ///
+    /// # Errors
+    /// As [`Container::delete`].
+    pub fn delete_at_once(&self) -> Result<bool> {
+        let record = &self.record;
+        let waits = self.has_hooks(|hooks| &hooks.poststop)
+            || record.systemd_unit.is_some()
+            || record.resctrl.is_some()
+            || record.namespaces & libc::CLONE_NEWPID == 0;
+        if waits {
+            return Ok(false);
+        }
+        let Some(_turn) = self.turn()? else {
+            return Ok(false);
+        };
+        if is_alive(record) {
+            return Ok(false);
+        }
+        if let Some(group) = &record.group
+            && !group.remove_at_once()?
+        {
+            return Ok(false);
+        }
+        self.directory.remove()?;
+        Ok(true)
+    }
+}
+
+/// Status of a container whose init lives.
+fn status_alive(directory: &Directory, record: &Record) -> Status {
+    if record.group.as_ref().is_some_and(Group::is_frozen) {
+        return Status::Paused;
+    }
+    if directory.waits_for_start() {
+        Status::Created
+    } else {
+        Status::Running
+    }
+}
+
+/// Lets init go on. Its end of the returned fifo closes when it executes its program, and when it dies.
+fn tell_start(directory: &Directory, record: &Record, status: Status) -> Result<OwnedFd> {
+    match status {
+        Status::Created | Status::Creating => {}
+        Status::Stopped => {
+            return Err(Error::State(
+                "cannot start a container that has stopped".into(),
+            ));
+        }
+        Status::Running => {
+            return Err(Error::State(
+                "cannot start an already running container".into(),
+            ));
+        }
+        Status::Paused => {
+            return Err(Error::State(
+                "cannot start a paused container: resume it first".into(),
+            ));
+        }
+    }
+    let Some(start) = directory.open_start()? else {
+        return Err(Error::NotRunning);
+    };
+    rustix::io::write(&start, &record.pid.to_ne_bytes()).context(|| "start the container")?;
+    directory.remove_start();
+    Ok(start)
+}
+
+/// Why a start failed, if it did.
+fn started(directory: &Directory) -> Result<()> {
+    match directory.failure() {
+        Some(text) => Err(Error::Process(text)),
+        None => Ok(()),
+    }
+}
+
+impl Locked<'_> {
     fn group(&self) -> Result<&Group> {
         self.record
             .group

@@ -13,10 +13,11 @@ use rustix::net::{
 
 use crate::cgroup::{CgroupView, Entry, Group};
 use crate::channel::{Channel, Message};
+use crate::creating::{Creating, Made, died_early};
 use crate::error::{Context, Error, Result};
 use crate::init::rootfs::{self, Opened, RootChange, Sources};
 use crate::init::{Init, Waits, identity, never_return};
-use crate::namespaces::{ForChildren, Namespaces, write_id_maps};
+use crate::namespaces::{ForChildren, KINDS, Namespaces, write_id_maps};
 use crate::request::{CreateRequest, Created, Parentage, RootMode, Stdio};
 use crate::runtime::{CgroupDriver, Runtime, check_labels};
 use crate::seccomp::Program;
@@ -26,27 +27,6 @@ use crate::state::{self, Directory, Record, check_id, process_stat};
 use crate::sys::{self, CLONE_NEWTIME, CloneRequest};
 use crate::{hooks, netdev, resctrl};
 
-/// What is undone when creating fails.
-struct Undo<'a> {
-    directory: &'a Directory,
-    group: Option<Group>,
-    resctrl: Option<PathBuf>,
-}
-
-impl Drop for Undo<'_> {
-    fn drop(&mut self) {
-        // The first failure is what the caller hears; what is left here is found by the next `delete --force`.
-        if let Some(group) = &self.group {
-            group.kill_all().ok();
-            group.remove().ok();
-        }
-        if let Some(resctrl) = &self.resctrl {
-            fs::remove_dir(resctrl).ok();
-        }
-        self.directory.remove().ok();
-    }
-}
-
 impl Runtime {
     /// Creates a container: everything is set up, its program waits for [`start`](crate::Container::start).
     ///
@@ -54,6 +34,23 @@ impl Runtime {
     /// `Exists`; `Spec` or `Unsupported` naming the property; `Process` if the new process failed; `Io`. Nothing is left
     /// behind then.
     pub fn create(&self, request: &CreateRequest<'_>) -> Result<Created> {
+        self.prepare(request)?.run()
+    }
+
+    /// The first half of [`create`](Self::create), which waits for nothing: the container is on record and its first
+    /// process sets itself up. `None`, and nothing done, if the configuration needs somebody who waits (hooks, id maps,
+    /// systemd, other people's files): that takes [`create`](Self::create).
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn begin_create(&self, request: &CreateRequest<'_>) -> Result<Option<Creating>> {
+        if self.options.driver == CgroupDriver::Systemd || !is_simple(request.spec) {
+            return Ok(None);
+        }
+        self.prepare(request)?.begin().map(Some)
+    }
+
+    fn prepare<'a>(&'a self, request: &'a CreateRequest<'a>) -> Result<Creation<'a>> {
         check_id(request.id)?;
         self.check_process()?;
         let spec = request.spec;
@@ -65,8 +62,11 @@ impl Runtime {
             .ok_or_else(|| Error::Spec("process must be set".into()))?;
         check_stdio(process, &request.stdio)?;
         check_labels(process, &linux.mount_label)?;
-        let namespaces = Namespaces::plan(linux)?;
+        let mut namespaces = Namespaces::plan(linux)?;
         check_sysctls(linux, &namespaces)?;
+        if request.network.is_some() && linux.net_devices.is_empty() {
+            namespaces.take_network();
+        }
         let seccomp = linux
             .seccomp
             .as_ref()
@@ -77,8 +77,14 @@ impl Runtime {
         let rootfs = fs::canonicalize(&rootfs)
             .context(|| format!("invalid rootfs: {}", rootfs.display()))?;
         let directory = Directory::make(&self.options.root, request.id)?;
-        directory.lock()?;
-        let creation = Creation {
+        let made = Made {
+            directory: Some(directory),
+            group: None,
+            resctrl: None,
+            child: None,
+        };
+        made.directory().lock()?;
+        Ok(Creation {
             runtime: self,
             request,
             linux,
@@ -86,10 +92,49 @@ impl Runtime {
             namespaces,
             seccomp,
             rootfs,
-            directory: &directory,
-        };
-        creation.run()
+            made,
+        })
     }
+}
+
+/// Whether creating takes no more than system calls of this process and its child: nothing to ask others, no files of
+/// others to open, nobody's turn to wait for.
+fn is_simple(spec: &Spec) -> bool {
+    let Some(linux) = &spec.linux else {
+        return false;
+    };
+    let waits = [libc::CLONE_NEWUSER, CLONE_NEWTIME];
+    let namespaces = linux.namespaces.iter().all(|namespace| {
+        let kind = KINDS.iter().find(|(name, _, _)| *name == namespace.kind);
+        kind.is_some_and(|(_, flag, _)| {
+            !waits.contains(flag) && (*flag != libc::CLONE_NEWPID || namespace.path.is_empty())
+        })
+    });
+    let mapped = |mount: &crate::spec::Mount| {
+        !(mount.uid_mappings.is_empty() && mount.gid_mappings.is_empty())
+            || mount
+                .options
+                .iter()
+                .any(|word| matches!(word.as_str(), "idmap" | "ridmap"))
+    };
+    namespaces
+        && !has_create_hooks(spec)
+        && linux.intel_rdt.is_none()
+        && linux.net_devices.is_empty()
+        && linux
+            .seccomp
+            .as_ref()
+            .is_none_or(|profile| profile.listener_path.is_empty())
+        && !spec.mounts.iter().any(mapped)
+}
+
+/// Whether anything runs between the mounts and the change of root.
+fn has_create_hooks(spec: &Spec) -> bool {
+    spec.hooks.as_ref().is_some_and(|hooks| {
+        !(hooks.prestart.is_empty()
+            && hooks.create_runtime.is_empty()
+            && hooks.create_container.is_empty())
+    })
 }
 
 struct Creation<'a> {
@@ -100,7 +145,7 @@ struct Creation<'a> {
     namespaces: Namespaces,
     seccomp: Option<Program>,
     rootfs: PathBuf,
-    directory: &'a Directory,
+    made: Made,
 }
 
 impl Creation<'_> {
@@ -109,46 +154,59 @@ impl Creation<'_> {
     }
 
     fn run(mut self) -> Result<Created> {
-        let mut undo = Undo {
-            directory: self.directory,
-            group: None,
-            resctrl: None,
-        };
+        let (line, record) = self.bear()?;
+        let child = self.made.child.as_ref().expect("just born");
+        let prestart = || self.run_prestart_hooks(child.pid);
+        let listener = |fd| self.pass_listener(&fd, child.pid);
+        let conversation = spawn::converse(&line, child, prestart, listener)?;
+        if !conversation.ready {
+            return Err(died_early());
+        }
+        let mut creating = self.under_way(line, record);
+        creating.console = conversation.console;
+        Ok(creating.finish().0)
+    }
+
+    fn begin(mut self) -> Result<Creating> {
+        let (line, record) = self.bear()?;
+        Ok(self.under_way(line, record))
+    }
+
+    fn under_way(self, line: Channel, record: Record) -> Creating {
+        Creating {
+            made: self.made,
+            record,
+            line,
+            console: None,
+        }
+    }
+
+    /// Makes the control group and the first process, and puts them on record: from then on whatever ends the creator
+    /// leaves a container that can be deleted.
+    fn bear(&mut self) -> Result<(Channel, Record)> {
         let systemd = self.runtime.options.driver == CgroupDriver::Systemd;
         let group = self.plan_group(systemd)?;
         if let Some(group) = &group {
             group.check_unused()?;
         }
-        undo.group.clone_from(&group);
+        self.made.group.clone_from(&group);
         if let Some(group) = group.as_ref().filter(|_| !systemd) {
-            self.make_group(group, &mut undo)?;
+            self.make_group(group)?;
         }
         let (parent_end, child_end) = Channel::pair()?;
-        let child = self.clone_init(undo.group.as_ref(), systemd, &parent_end, child_end)?;
-        let unit = match (&undo.group, systemd) {
-            (Some(group), true) => Some(self.make_scope(group, child.pid)?),
+        let child = self.clone_init(systemd, &parent_end, child_end)?;
+        let pid = child.pid;
+        self.made.child = Some(child);
+        let unit = match (&self.made.group, systemd) {
+            (Some(group), true) => Some(self.make_scope(group, pid)?),
             _ => None,
         };
-        self.set_from_outside(&child, &parent_end, systemd)?;
-        undo.resctrl = resctrl::apply(self.linux, self.request.id, child.pid)?;
-        let prestart = || self.run_prestart_hooks(child.pid);
-        let listener = |fd| self.pass_listener(&fd, child.pid);
-        let conversation = spawn::converse(&parent_end, &child, prestart, listener)?;
-        if !conversation.ready {
-            return Err(Error::Process(
-                "init died before it was ready (killed, or out of memory)".into(),
-            ));
-        }
-        let stat = process_stat(child.pid).ok_or_else(|| Error::Process("init died".into()))?;
-        let record = self.record(&undo, unit, child.pid, stat.start);
-        self.directory.write(&record)?;
-        std::mem::forget(undo);
-        let pid = child.pid;
-        Ok(Created {
-            pid,
-            pidfd: child.keep(),
-            console: conversation.console,
-        })
+        self.set_from_outside(pid, &parent_end, systemd)?;
+        self.made.resctrl = resctrl::apply(self.linux, self.request.id, pid)?;
+        let stat = process_stat(pid).ok_or_else(|| Error::Process("init died".into()))?;
+        let record = self.record(unit, pid, stat.start);
+        self.made.directory().write(&record)?;
+        Ok((parent_end, record))
     }
 
     fn plan_group(&self, systemd: bool) -> Result<Option<Group>> {
@@ -163,7 +221,7 @@ impl Creation<'_> {
     }
 
     /// Makes the group's directories. Somebody without the right to may go without, if the configuration asks for nothing.
-    fn make_group(&self, group: &Group, undo: &mut Undo<'_>) -> Result<()> {
+    fn make_group(&mut self, group: &Group) -> Result<()> {
         let devices =
             !self.namespaces.separate(libc::CLONE_NEWUSER) || rustix::process::geteuid().is_root();
         match group.create(self.linux.resources.as_ref(), devices) {
@@ -175,7 +233,7 @@ impl Creation<'_> {
                         Some(libc::EACCES | libc::EPERM | libc::EROFS)
                     ) =>
             {
-                undo.group = None;
+                self.made.group = None;
                 Ok(())
             }
             other => other,
@@ -196,20 +254,20 @@ impl Creation<'_> {
     }
 
     fn clone_init(
-        &mut self,
-        group: Option<&Group>,
+        &self,
         systemd: bool,
         parent_end: &Channel,
         child_end: Channel,
     ) -> Result<Newborn> {
+        let group = self.made.group.as_ref();
         let entry = match group.filter(|_| !systemd) {
             Some(group) => group.entry("")?,
             None => Entry::Writes(Vec::new()),
         };
         let foreign_user = self.namespaces.separate(libc::CLONE_NEWUSER);
         let sources = self.open_sources(foreign_user)?;
-        let start = self.directory.make_start()?;
-        let failure = self.directory.make_failure()?;
+        let start = self.made.directory().make_start()?;
+        let failure = self.made.directory().make_failure()?;
         let through_helper = self.namespaces.joins(libc::CLONE_NEWUSER).is_some();
         let target_pid = self.namespaces.joins(libc::CLONE_NEWPID);
         // A helper that was born there itself would tell its child's id as it is known there.
@@ -228,7 +286,7 @@ impl Creation<'_> {
         };
         let waits = Waits {
             go: foreign_user || systemd,
-            hooks: self.has_create_hooks(),
+            hooks: has_create_hooks(self.spec()),
         };
         let birth = Birth {
             request: CloneRequest {
@@ -259,6 +317,7 @@ impl Creation<'_> {
                     RootMode::NoPivot => RootChange::MoveAndChroot,
                 },
                 keyring: self.request.keyring,
+                network: self.request.network,
                 setgroups_allowed: self.setgroups_allowed(),
                 preserve_fds: self.request.preserve_fds,
                 waits,
@@ -295,15 +354,6 @@ impl Creation<'_> {
         rootfs::open_sources(self.spec(), self.request.bundle, &self.rootfs, which)
     }
 
-    /// Whether anything runs between the mounts and the change of root.
-    fn has_create_hooks(&self) -> bool {
-        self.spec().hooks.as_ref().is_some_and(|hooks| {
-            !(hooks.prestart.is_empty()
-                && hooks.create_runtime.is_empty()
-                && hooks.create_container.is_empty())
-        })
-    }
-
     /// A user who maps only himself has given up setgroups.
     fn setgroups_allowed(&self) -> bool {
         !self.namespaces.has_new(libc::CLONE_NEWUSER)
@@ -318,24 +368,20 @@ impl Creation<'_> {
     }
 
     /// What only the parent can do to the new process.
-    fn set_from_outside(&self, child: &Newborn, channel: &Channel, systemd: bool) -> Result<()> {
+    fn set_from_outside(&self, pid: i32, channel: &Channel, systemd: bool) -> Result<()> {
         if let Some(adjustment) = self.process.oom_score_adj {
-            write_oom_score(child.pid, adjustment)?;
+            write_oom_score(pid, adjustment)?;
         }
         let foreign_user = self.namespaces.separate(libc::CLONE_NEWUSER);
         if self.namespaces.has_new(libc::CLONE_NEWUSER) {
-            write_id_maps(
-                child.pid,
-                &self.linux.uid_mappings,
-                &self.linux.gid_mappings,
-            )?;
+            write_id_maps(pid, &self.linux.uid_mappings, &self.linux.gid_mappings)?;
         }
         if foreign_user {
-            identity::set_rlimits(child.pid, self.process)?;
+            identity::set_rlimits(pid, self.process)?;
         }
-        self.move_net_devices(child.pid)?;
+        self.move_net_devices(pid)?;
         if foreign_user || systemd {
-            channel.send(Message::Go(child.pid))?;
+            channel.send(Message::Go(pid))?;
         }
         Ok(())
     }
@@ -392,7 +438,7 @@ impl Creation<'_> {
         pass_listener(program, listener, &self.spec().oci_version, pid, &state)
     }
 
-    fn record(&self, undo: &Undo<'_>, unit: Option<String>, pid: i32, pid_start: u64) -> Record {
+    fn record(&self, unit: Option<String>, pid: i32, pid_start: u64) -> Record {
         let spec = self.spec();
         let joined = self
             .namespaces
@@ -410,9 +456,9 @@ impl Creation<'_> {
             created: state::rfc3339(SystemTime::now()),
             owner: rustix::process::geteuid().as_raw(),
             annotations: spec.annotations.clone(),
-            group: undo.group.clone(),
+            group: self.made.group.clone(),
             systemd_unit: unit,
-            resctrl: undo.resctrl.clone(),
+            resctrl: self.made.resctrl.clone(),
             namespaces: self.namespaces.new | joined,
             setgroups_allowed: self.setgroups_allowed(),
             chrooted: self.request.root_mode == RootMode::NoPivot

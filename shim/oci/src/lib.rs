@@ -42,11 +42,12 @@
 //! runtime                               init (clone3: new namespaces, cgroup on v2)
 //!   limits into cgroups, clone ───────▶ join cgroups (v1), close descriptors, non-dumpable
 //!   id maps, rlimits (user ns) ──Go───▶ join namespaces, keyring, loopback
+//!   record
 //!                                       mounts, devices, terminal ──Console fd──▶
 //!   prestart, createRuntime ◀─Mounted── (only with hooks)
 //!                            ──Go─────▶ createContainer hooks; masks; pivot_root
 //!                                       user, capabilities, program found
-//!   record, return          ◀──Ready─── waits on exec.fifo
+//!   return                  ◀──Ready─── waits on exec.fifo
 //!   start: byte into fifo ────────────▶ startContainer hooks, seccomp, execve
 //! ```
 
@@ -57,6 +58,7 @@ mod checkpoint;
 pub mod cli;
 mod container;
 mod create;
+mod creating;
 mod error;
 mod exec;
 mod hooks;
@@ -74,9 +76,18 @@ pub mod spec;
 mod state;
 mod sys;
 
+/// Finds out what does not change in a process and in those it forks, so that each of them knows it.
+pub fn look_ahead() {
+    sys::ignored_signals();
+    // Who may not look is told when a container is made.
+    seal::is_protected().ok();
+}
+
 pub use cgroup::{Group, Stats};
-pub use container::{Container, Deletion, KillScope};
+pub use container::{Container, Deletion, Kept, KillScope};
+pub use creating::Creating;
 pub use error::{Error, Result, errno_text};
+pub use namespaces::spare_network;
 pub use request::{
     CreateRequest, Created, ExecRequest, KeyringMode, Parentage, RootMode, Stdio, TerminalSize,
 };

@@ -33,6 +33,8 @@ pub(crate) struct Namespaces {
     pub(crate) new: i32,
     /// Namespaces to join, opened: (`CLONE_NEW*` bit, path for messages, descriptor).
     pub(crate) joined: Vec<(i32, String, OwnedFd)>,
+    /// Bits of new ones that exist already, for the process to enter.
+    ready: i32,
 }
 
 impl Namespaces {
@@ -95,7 +97,20 @@ impl Namespaces {
     /// Bits for the clone itself. The cgroup namespace comes after the process is in its group; the time namespace is
     /// made by the parent, because its clocks are set before anybody is in it.
     pub(crate) fn clone_flags(&self) -> i32 {
-        self.new & !(libc::CLONE_NEWCGROUP | TIME)
+        self.new & !(libc::CLONE_NEWCGROUP | TIME | self.ready)
+    }
+
+    /// A new network namespace that was made before is there to be entered. It belongs to the machine's user namespace,
+    /// so one that is made together with a user namespace it cannot replace.
+    pub(crate) fn take_network(&mut self) {
+        if !self.separate(libc::CLONE_NEWUSER) {
+            self.ready = self.new & libc::CLONE_NEWNET;
+        }
+    }
+
+    /// Whether the new network namespace is one that was made before.
+    pub(crate) fn has_ready_network(&self) -> bool {
+        self.ready & libc::CLONE_NEWNET != 0
     }
 
     /// Joins everything but pid, which the parent did. What needs the privileges of the user namespace comes after it.
@@ -122,6 +137,27 @@ impl Namespaces {
         }
         Ok(())
     }
+}
+
+/// Makes a network namespace that nobody is in, with its loopback device up, for
+/// [`CreateRequest::network`](crate::CreateRequest::network). `None` if none can be had. The process, which must have
+/// one thread, is in its own again afterwards.
+///
+/// # Errors
+/// `Io` if it is not: it must end then.
+pub fn spare_network() -> Result<Option<OwnedFd>> {
+    const NETWORK: &str = "/proc/self/ns/net";
+    let open = || rustix::fs::open(NETWORK, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let Ok(own) = open() else {
+        return Ok(None);
+    };
+    if sys::unshare(libc::CLONE_NEWNET).is_err() {
+        return Ok(None);
+    }
+    let made = sys::loopback_up().ok().and_then(|()| open().ok());
+    sys::setns(own.as_fd(), libc::CLONE_NEWNET)
+        .context(|| "return to the own network namespace")?;
+    Ok(made)
 }
 
 /// Holds this process's own pid or time namespace while children are made for another.

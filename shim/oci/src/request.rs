@@ -1,6 +1,6 @@
 //! What callers ask for, and what they get back.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use crate::spec::{Process, Spec};
@@ -83,6 +83,9 @@ pub struct CreateRequest<'a> {
     pub keyring: KeyringMode,
     /// Change of root.
     pub root_mode: RootMode,
+    /// A network namespace that nobody has been in, its loopback device up. It is taken where the configuration asks for
+    /// a new one, unless that has to belong to a new user namespace: making one is the slowest part of a clone.
+    pub network: Option<BorrowedFd<'a>>,
     /// Descriptors 3, 4 … of this process that the container inherits.
     pub preserve_fds: u32,
 }
@@ -100,6 +103,7 @@ impl<'a> CreateRequest<'a> {
             parentage: Parentage::default(),
             keyring: KeyringMode::default(),
             root_mode: RootMode::default(),
+            network: None,
             preserve_fds: 0,
         }
     }

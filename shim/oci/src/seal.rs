@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
+use std::sync::OnceLock;
 
 use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, SealFlags, StatVfsMountFlags};
 use rustix::mount::OpenTreeFlags;
@@ -20,11 +21,21 @@ use crate::sys;
 
 const SELF: &str = "/proc/self/exe";
 
-/// Whether this process's executable cannot be written through `/proc/self/exe`.
+/// Whether this process's executable cannot be written through `/proc/self/exe`. Looked at once: a process and those
+/// it forks keep their executable.
 ///
 /// # Errors
 /// `Io` if it cannot be looked at.
 pub fn is_protected() -> Result<bool> {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    if let Some(known) = KNOWN.get() {
+        return Ok(*known);
+    }
+    let protected = look()?;
+    Ok(*KNOWN.get_or_init(|| protected))
+}
+
+fn look() -> Result<bool> {
     let exe = rustix::fs::open(SELF, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .context(|| format!("open {SELF}"))?;
     // Files of tmpfs answer as well, with no seal against writing.

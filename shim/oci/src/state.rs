@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::Write;
+use std::io::{Read as _, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -378,7 +378,11 @@ pub(crate) struct ProcessStat {
 
 /// Looks at a process; `None` if there is none.
 pub(crate) fn process_stat(pid: i32) -> Option<ProcessStat> {
-    parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+    // One line of numbers and a short name.
+    let mut text = [0; 1024];
+    let mut file = fs::File::open(format!("/proc/{pid}/stat")).ok()?;
+    let length = file.read(&mut text).ok()?;
+    parse_stat(&String::from_utf8_lossy(&text[..length]))
 }
 
 fn parse_stat(text: &str) -> Option<ProcessStat> {

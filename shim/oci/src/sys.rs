@@ -64,13 +64,18 @@ pub(crate) struct CloneRequest<'a> {
     pub(crate) cgroup: Option<BorrowedFd<'a>>,
 }
 
+/// Caught signals are back to their defaults in the child (Linux 5.5).
+const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
+
 /// Forks with new namespaces. Must be called while this process has one thread: the child goes on running Rust code
 /// that allocates, so no other thread may hold a lock at this moment.
 pub(crate) fn clone3(request: &CloneRequest<'_>) -> io::Result<Fork> {
     let mut pidfd: RawFd = -1;
     // SAFETY: all-zero is a valid clone_args: a plain fork.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = request.namespaces | libc::CLONE_PIDFD.cast_unsigned().into_u64();
+    // No handler of ours runs in the copy, not even before it has closed what it shares with us.
+    args.flags =
+        request.namespaces | libc::CLONE_PIDFD.cast_unsigned().into_u64() | CLONE_CLEAR_SIGHAND;
     args.pidfd = (&raw mut pidfd) as u64;
     if request.sibling {
         args.flags |= libc::CLONE_PARENT.cast_unsigned().into_u64();
@@ -556,10 +561,28 @@ pub(crate) fn inherited(number: u32) -> io::Result<BorrowedFd<'static>> {
     Ok(unsafe { BorrowedFd::borrow_raw(raw) })
 }
 
-/// Every signal back to its default action, none blocked.
+/// Signals that this process ignores, as bits. Asked once: who forks many has asked for all of them.
+pub(crate) fn ignored_signals() -> u64 {
+    static IGNORED: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+    *IGNORED.get_or_init(|| {
+        (1..=64).fold(0, |bits, signal| {
+            // SAFETY: all-zero is a valid sigaction.
+            let mut found: libc::sigaction = unsafe { std::mem::zeroed() };
+            // SAFETY: nothing is set, and `found` outlives the call; numbers that are no signals fail harmlessly.
+            let asked = unsafe { libc::sigaction(signal, ptr::null(), &raw mut found) };
+            let ignored = asked == 0 && found.sa_sigaction == libc::SIG_IGN;
+            bits | u64::from(ignored) << (signal - 1)
+        })
+    })
+}
+
+/// Every signal back to its default action, none blocked. For a child of [`clone3`], which has no handlers any more.
 pub(crate) fn reset_signals() {
-    for signal in 1..=64 {
-        // SAFETY: SIG_DFL is a valid disposition; SIGKILL, SIGSTOP and libc's own signals fail harmlessly.
+    // Whatever was found when somebody asked: these two change hands.
+    let always = 1 << (libc::SIGCHLD - 1) | 1 << (libc::SIGPIPE - 1);
+    let ignored = ignored_signals() | always;
+    for signal in (1..=64).filter(|signal| ignored & (1 << (signal - 1)) != 0) {
+        // SAFETY: SIG_DFL is a valid disposition.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
     let empty: u64 = 0;

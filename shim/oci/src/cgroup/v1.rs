@@ -68,8 +68,9 @@ fn create_cpuset(path: &Path, mount: &Path) -> Result<()> {
     if path == mount {
         return Ok(());
     }
+    let mut fresh = false;
     match std::fs::create_dir(path) {
-        Ok(()) => {}
+        Ok(()) => fresh = true,
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
         Err(error) if error.kind() == std::io::ErrorKind::NotFound && path.starts_with(mount) => {
             create_cpuset(path.parent().expect("below the mount"), mount)?;
@@ -78,7 +79,8 @@ fn create_cpuset(path: &Path, mount: &Path) -> Result<()> {
         Err(error) => return Err(error).context(|| format!("make cgroup {}", path.display())),
     }
     for file in ["cpuset.cpus", "cpuset.mems"] {
-        if !fs::read(path, file)?.is_empty() {
+        // A new one has none, or its parent's.
+        if !fresh && !fs::read(path, file)?.is_empty() {
             continue;
         }
         let parent = path.parent().expect("below the mount");

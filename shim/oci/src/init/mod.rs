@@ -45,6 +45,8 @@ pub(crate) struct Init<'a> {
     pub(crate) failure: File,
     pub(crate) root_change: RootChange,
     pub(crate) keyring: KeyringMode,
+    /// The new network namespace, if it was made before.
+    pub(crate) network: Option<BorrowedFd<'a>>,
     pub(crate) setgroups_allowed: bool,
     pub(crate) preserve_fds: u32,
     pub(crate) waits: Waits,
@@ -110,6 +112,10 @@ impl Init<'_> {
         self.spec.process.as_ref().expect("validated")
     }
 
+    fn ready_network(&self) -> Option<BorrowedFd<'_>> {
+        self.network.filter(|_| self.namespaces.has_ready_network())
+    }
+
     fn kept(&self) -> Vec<BorrowedFd<'_>> {
         let mut kept = vec![
             self.channel.as_fd(),
@@ -117,6 +123,7 @@ impl Init<'_> {
             self.failure.as_fd(),
         ];
         kept.extend(self.namespaces.joined.iter().map(|(_, _, fd)| fd.as_fd()));
+        kept.extend(self.ready_network());
         kept.extend(self.sources.root.iter().map(AsFd::as_fd));
         kept.extend(self.sources.binds.iter().flatten().map(AsFd::as_fd));
         if let Stdio::Fds {
@@ -152,7 +159,9 @@ impl Init<'_> {
         if self.keyring == KeyringMode::Own {
             own_keyring(self.id)?;
         }
-        if self.namespaces.has_new(libc::CLONE_NEWNET) {
+        if let Some(network) = self.ready_network() {
+            sys::setns(network, libc::CLONE_NEWNET).context(|| "enter the network namespace")?;
+        } else if self.namespaces.has_new(libc::CLONE_NEWNET) {
             sys::loopback_up().context(|| "bring up the loopback interface")?;
         }
         rustix::process::umask(rustix::fs::Mode::empty());
