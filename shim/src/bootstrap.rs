@@ -42,6 +42,8 @@ pub(crate) struct Request {
     pub(crate) socket_dir: Option<String>,
     /// Log at debug level.
     pub(crate) debug: bool,
+    /// Log only what is wrong: the daemon drops the rest.
+    pub(crate) quiet: bool,
     /// runc options, as far as they were given.
     pub(crate) options: Options,
 }
@@ -120,6 +122,8 @@ fn from_params(params: BootstrapParams, flags: &Flags) -> Request {
         debug: flags.debug
             || params.log_level == i32::from(LogLevel::Debug)
             || params.log_level == i32::from(LogLevel::Trace),
+        quiet: params.log_level == i32::from(LogLevel::Warn)
+            || params.log_level == i32::from(LogLevel::Error),
         id: params.instance_id,
         namespace: params.namespace,
         address: if params.containerd_grpc_address.is_empty() {

@@ -9,7 +9,7 @@
 //! | `address` | shim | the shim's socket, for daemons that know no `bootstrap.json` |
 //! | `init.pid`, `<exec>.pid` | runtime | pids |
 //! | `log.json` | runtime | its log |
-//! | `s` | shim | link to the directory of sockets |
+//! | `s` | shim, by `start` | link to the directory of sockets |
 
 use std::collections::BTreeMap;
 use std::io::Write as _;

@@ -24,7 +24,7 @@ struct Log {
 }
 
 /// Sends tracing events of this process to `<bundle>/log`; without such a fifo nothing is logged.
-pub(crate) fn init(bundle: &Path, debug: bool) {
+pub(crate) fn init(bundle: &Path, level: Level) {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let Ok(fd) = rustix::fs::open(bundle.join("log"), flags, Mode::empty()) else {
         return;
@@ -32,7 +32,6 @@ pub(crate) fn init(bundle: &Path, debug: bool) {
     if !is_fifo(&fd) {
         return;
     }
-    let level = if debug { Level::DEBUG } else { Level::INFO };
     // A second initialisation keeps the first log.
     let _ = tracing::subscriber::set_global_default(Log {
         fifo: File::from(fd),

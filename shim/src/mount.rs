@@ -5,12 +5,14 @@
 //! a [worker], so that the shim never waits and never runs a child behind its reaper's
 //! back.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use lighter_proto::containerd::types;
 use lighter_snapshotter::mount::Mount;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
+use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Error, Result};
 use crate::reaper::Reaper;
@@ -98,6 +100,29 @@ pub(crate) fn unmount(rootfs: &Path) {
             }
         }
     }
+}
+
+/// Takes everything off `rootfs`, for everybody to see. What the file systems do when their last mount goes is done when
+/// what is returned is dropped: an overlay has all of the file system below it written to disk.
+pub(crate) fn detach(rootfs: &Path) -> Vec<OwnedFd> {
+    let mut ending = Vec::new();
+    let opened = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    for _ in 0..MAX_STACKED {
+        // Keeps the uppermost mount.
+        ending.extend(rustix::fs::open(rootfs, opened, Mode::empty()));
+        match umount2(rootfs, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH) {
+            Ok(()) | Err(Errno::EINTR) => {}
+            Err(error) => {
+                if !matches!(error, Errno::EINVAL | Errno::ENOENT) {
+                    tracing::warn!(%error, path = %rootfs.display(), "cannot unmount");
+                }
+                // What was opened last is no mount.
+                ending.pop();
+                break;
+            }
+        }
+    }
+    ending
 }
 
 #[cfg(test)]

@@ -13,10 +13,12 @@ use lighter_proto::containerd::events as message;
 use lighter_proto::containerd::services::events::ttrpc::v1::ForwardRequest;
 use lighter_proto::containerd::types::Envelope;
 use lighter_proto::errdefs::ErrorKind;
+use lighter_proto::line::Line;
 use prost::{Message, Name};
 use tokio::sync::Notify;
 use tracing::{debug, warn};
 use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::transport::Socket;
 
 const SERVICE: &str = "containerd.services.events.ttrpc.v1.Events";
 
@@ -142,7 +144,7 @@ impl Publisher {
         let mut refusals = 0;
         loop {
             if client.is_none() {
-                *client = Client::connect(&self.0.address).await.ok();
+                *client = connect(&self.0.address).await;
             }
             if let Some(connection) = client.as_ref() {
                 match self.forward(connection, &request).await {
@@ -179,6 +181,18 @@ impl Publisher {
             Some(CALL_TIMEOUT),
         );
         call.await
+    }
+}
+
+/// Connects to the daemon; `None` when it is not there.
+async fn connect(address: &str) -> Option<Client> {
+    match address.strip_prefix("unix://") {
+        // A path; abstract names are the library's business.
+        Some(path) if path.starts_with('/') => {
+            let line = Line::connect(path).await.ok()?;
+            Some(Client::new(Socket::new(line)))
+        }
+        _ => Client::connect(address).await.ok(),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The serving process: one thread, one runtime, one socket.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -9,12 +10,12 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::StreamExt as _;
+use lighter_proto::line::Line;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{error, info, warn};
+use tracing::{Level, error, info, warn};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
@@ -48,6 +49,8 @@ pub(crate) struct Serving {
     pub(crate) first: Option<std::os::unix::net::UnixStream>,
     /// The machine's control groups as this process sees them, where that is known.
     pub(crate) host: Option<lighter_oci::cgroup::Host>,
+    /// A network namespace for the first container.
+    pub(crate) network: Option<OwnedFd>,
     /// Where it is bound.
     pub(crate) socket: PathBuf,
     /// Directory of sockets.
@@ -66,7 +69,12 @@ impl Drop for SocketFile {
 /// Serves until told to end, then removes the socket.
 pub(crate) fn run(serving: Serving) {
     sys::tune_allocator();
-    log::init(&serving.bundle, serving.request.debug);
+    let level = match (serving.request.debug, serving.request.quiet) {
+        (true, _) => Level::DEBUG,
+        (false, false) => Level::INFO,
+        (false, true) => Level::WARN,
+    };
+    log::init(&serving.bundle, level);
     if let Err(error) = nix::sys::prctl::set_child_subreaper(true) {
         warn!(%error, "cannot adopt orphans: exits of containers will be missed");
     }
@@ -89,6 +97,7 @@ async fn serve(serving: Serving) -> Result<()> {
         listener,
         first,
         host,
+        network,
         socket,
         socket_dir,
         ..
@@ -105,7 +114,7 @@ async fn serve(serving: Serving) -> Result<()> {
         publisher: publisher.clone(),
         tracker,
         socket_dir,
-        library: Library::knowing(host),
+        library: Library::knowing(host, network),
     });
     let end = CancellationToken::new();
     let shim = Shim::new(core, end.clone());
@@ -116,10 +125,7 @@ async fn serve(serving: Serving) -> Result<()> {
     let listener =
         tokio::net::UnixListener::from_std(listener).map_err(Error::system("watch the socket"))?;
     let first = first
-        .map(|stream| {
-            stream.set_nonblocking(true)?;
-            UnixStream::from_std(stream)
-        })
+        .map(Line::new)
         .transpose()
         .map_err(Error::system("watch the first connection"))?;
     let mut server = Server::new()
@@ -169,7 +175,7 @@ async fn idle(shim: &Shim, connections: &AtomicUsize) {
 /// Connections of the same user or root; anybody else is turned away.
 fn accept(
     listener: tokio::net::UnixListener,
-    first: Option<UnixStream>,
+    first: Option<Line>,
     connections: Arc<AtomicUsize>,
 ) -> Listener {
     let us = rustix::process::geteuid().as_raw();
@@ -182,7 +188,8 @@ fn accept(
                     Ok((stream, _)) => {
                         let peer = stream.peer_cred().map(|cred| cred.uid());
                         if matches!(peer, Ok(uid) if uid == 0 || uid == us) {
-                            break Ok(Counted::new(stream, connections.clone()));
+                            let line = Line::try_from(stream);
+                            break line.map(|line| Counted::new(line, connections.clone()));
                         }
                         warn!("connection of another user refused");
                     }
@@ -201,12 +208,12 @@ fn accept(
 
 /// A connection that is counted while it lives.
 struct Counted {
-    stream: UnixStream,
+    stream: Line,
     connections: Arc<AtomicUsize>,
 }
 
 impl Counted {
-    fn new(stream: UnixStream, connections: Arc<AtomicUsize>) -> Self {
+    fn new(stream: Line, connections: Arc<AtomicUsize>) -> Self {
         connections.fetch_add(1, Ordering::Relaxed);
         Self {
             stream,

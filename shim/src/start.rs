@@ -39,7 +39,7 @@ pub(crate) fn place(request: &Request, bundle: &Path) -> Result<(PathBuf, PathBu
 }
 
 /// Leaves the links and files in the bundle that daemons look for.
-pub(crate) fn mark(bundle: &Path, request: &Request, dir: &Path, address: &str) -> Result<()> {
+fn mark(bundle: &Path, request: &Request, dir: &Path, address: &str) -> Result<()> {
     let link = bundle.join("s");
     match std::os::unix::fs::symlink(dir, &link) {
         Ok(()) => {}
@@ -95,6 +95,7 @@ pub(crate) fn start(flags: &Flags) -> Result<Option<Vec<u8>>> {
                 listener,
                 first: None,
                 host: None,
+                network: None,
                 socket: path,
                 socket_dir: dir,
             });
@@ -137,6 +138,7 @@ pub(crate) fn serve_here(flags: &Flags) -> Result<()> {
         listener,
         first: None,
         host: None,
+        network: None,
         socket: path,
         socket_dir: dir,
     });

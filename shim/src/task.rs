@@ -38,6 +38,8 @@ use crate::sys;
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// How long a delete waits for a process it killed.
 const EXIT_LIMIT: Duration = Duration::from_secs(10);
+/// How long after a delete the file systems of its mounts are ended: the answer has left by then.
+const UNMOUNT_AFTER: Duration = Duration::from_millis(5);
 /// The signal that no process survives, unless it is frozen.
 const SIGKILL: u32 = 9;
 /// Longest id of a container or exec.
@@ -76,6 +78,8 @@ struct Inner {
     execs: HashMap<String, ExecData>,
     cgroup: Option<Cgroup>,
     oom: Option<OomWatch>,
+    /// Whether init's end takes every other process with it, if the runtime has said.
+    private_pids: Option<bool>,
     /// Streams of init that a restore will take.
     restore: Option<ChildStdio>,
 }
@@ -174,7 +178,7 @@ impl Task {
             Ok((pid, restored)) => {
                 self.apply(Input::Started(None, pid))?;
                 if let Some(running) = restored {
-                    self.watch_cgroup(pid);
+                    self.watch_cgroup(pid, None);
                     self.watch_exit(None, running);
                 }
                 info!(container_id = %self.id, pid, "container started");
@@ -341,7 +345,7 @@ impl Task {
         for io in execs.into_iter().filter_map(|(_, data)| data.io) {
             io.close().await;
         }
-        mount::unmount(&self.bundle.join("rootfs"));
+        let ending = mount::detach(&self.bundle.join("rootfs"));
         let exit = self
             .locked()
             .machine
@@ -359,6 +363,11 @@ impl Task {
             },
         );
         info!(container_id = %self.id, "container deleted");
+        self.core.tracker.spawn(async move {
+            // Nobody has to wait for it; a shim that ends sooner closes them then.
+            tokio::time::sleep(UNMOUNT_AFTER).await;
+            drop(ending);
+        });
         Ok(response)
     }
 

@@ -18,7 +18,9 @@
 //! | 1 | an error text | the child ends |
 //! | 2 | a `BootstrapResult` of the server that the group has already | the child ends |
 //!
-//! Nothing about a container is read before its frame arrives, so what is ready serves anybody. An
+//! Nothing about a container is read before its frame arrives, so what is ready serves anybody. What
+//! every container needs is made before: a child holds an empty network namespace, the most expensive
+//! part of a clone, which only its own first container enters, or nobody. An
 //! idle child keeps the writing end of a pipe; when that closes it was taken (or died) and the
 //! nursery forks another, a moment later, to leave the processors to the start under way. When
 //! nobody is ready and a frame is waiting it forks at once.
@@ -43,7 +45,7 @@ use crate::bootstrap::{self, Request};
 use crate::error::{Error, Result};
 use crate::serve::{self, Serving};
 use crate::socket::{self, Bound};
-use crate::start::{detach_from_daemon, join_shim_cgroup, mark, place, url};
+use crate::start::{detach_from_daemon, join_shim_cgroup, place, url};
 use crate::sys::{self, Fork, Title};
 
 /// Largest frame.
@@ -93,6 +95,7 @@ pub(crate) fn run(flags: &Flags) -> Result<()> {
     let title = Title::find();
     // Looked at once for every child.
     let host = Host::detect().ok();
+    lighter_oci::look_ahead();
     sys::reap_children_unseen();
     let mut idle: Vec<OwnedFd> = Vec::with_capacity(ready);
     let mut wanted = ready;
@@ -179,6 +182,9 @@ fn wait(daemon: OwnedFd, token: OwnedFd, title: Option<&Title>, host: Option<Hos
     sys::reap_children_ourselves();
     let _ = rustix::process::setsid();
     crate::start::adjust_oom_score();
+    // Its first container enters it, if it is to have one of its own.
+    let network =
+        lighter_oci::spare_network().map_err(|error| Error::Runtime(error.to_string()))?;
     let order = receive(&daemon)?;
     drop(daemon);
     drop(token);
@@ -207,6 +213,7 @@ fn wait(daemon: OwnedFd, token: OwnedFd, title: Option<&Title>, host: Option<Hos
         Ok(Taken::Serve(address, mut serving)) => {
             reply(&mut line, Status::Served, &bootstrap::result(&address))?;
             serving.first = Some(line);
+            serving.network = network;
             // A shim in a cgroup of its own sees other paths.
             serving.host = host.filter(|_| request.options.shim_cgroup.is_empty());
             serve::run(*serving);
@@ -233,12 +240,6 @@ fn take_on(request: &Request, bundle: &Path) -> Result<Taken> {
     socket::make_directory(&dir)?;
     let address = url(&path);
     let bound = socket::bind(&path)?;
-    if let Err(error) = mark(bundle, request, &dir, &address) {
-        if let Bound::Server(_) = bound {
-            socket::remove(&path);
-        }
-        return Err(error);
-    }
     Ok(match bound {
         Bound::Existing => Taken::Elsewhere(address),
         Bound::Server(listener) => Taken::Serve(
@@ -249,6 +250,7 @@ fn take_on(request: &Request, bundle: &Path) -> Result<Taken> {
                 listener,
                 first: None,
                 host: None,
+                network: None,
                 socket: path,
                 socket_dir: dir,
             }),

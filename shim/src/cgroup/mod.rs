@@ -1,6 +1,7 @@
 //! A container's cgroup as the shim sees it: where it is, its metrics, its OOM kills.
 //!
-//! The place is read from `/proc/PID/cgroup` once, while init is surely alive. A process whose
+//! The place is what our own runtime says, or is read from `/proc/PID/cgroup` once, while init is surely
+//! alive. A process whose
 //! only entry is the unified hierarchy is on version 2; a hybrid host counts as version 1, since
 //! that is where the controllers are.
 
@@ -12,6 +13,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use lighter_oci::Group;
 use prost_types::Any;
 
 pub(crate) use self::oom::OomWatch;
@@ -90,7 +92,40 @@ fn locate(hierarchy: &Hierarchy, path: &str) -> PathBuf {
         .join(below.strip_prefix("/").unwrap_or(below))
 }
 
+/// A cgroup, and the watch on it.
+#[derive(Debug)]
+pub(crate) struct Followed {
+    pub(crate) cgroup: Cgroup,
+    /// OOM kills, if the kernel tells of them here.
+    pub(crate) oom: Result<OomWatch>,
+}
+
+impl From<Cgroup> for Followed {
+    fn from(cgroup: Cgroup) -> Self {
+        Self {
+            oom: cgroup.watch_oom(),
+            cgroup,
+        }
+    }
+}
+
 impl Cgroup {
+    /// The cgroup that our own runtime made.
+    pub(crate) fn of_group(group: &Group) -> Self {
+        match group {
+            Group::Unified { path } => Self::V2(path.clone()),
+            Group::Legacy { directories, .. } => {
+                let controllers = directories.iter().flat_map(|directory| {
+                    let names = directory.controllers.iter();
+                    names
+                        .filter(|name| !name.starts_with("name="))
+                        .map(|name| (name.clone(), directory.path.clone()))
+                });
+                Self::V1(controllers.collect())
+            }
+        }
+    }
+
     /// The cgroup of a process.
     ///
     /// # Errors

@@ -1,8 +1,10 @@
 //! Our own OCI runtime, called as a library: no program is executed and nothing is parsed twice.
 //!
 //! What may take its time runs in a [worker]; what is a few system calls (signals, lists, a start or a
-//! delete without hooks) happens at once.
+//! delete without hooks, a create that asks nobody) happens at once. Such a create clones here and lets
+//! the new process set itself up; only undoing one takes a worker.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,14 +13,16 @@ use async_trait::async_trait;
 use lighter_oci::cgroup::Host;
 use lighter_oci::spec::{Process, Resources, Spec};
 use lighter_oci::{
-    CgroupDriver, CreateRequest, Deletion, ExecRequest, KeyringMode, KillScope, Options, Parentage,
-    RootMode, Runtime, Stdio, TerminalSize,
+    CgroupDriver, CreateRequest, Creating, Deletion, ExecRequest, Kept, KeyringMode, KillScope,
+    Options, Parentage, RootMode, Runtime, Stdio, TerminalSize,
 };
 use lighter_proto::containerd::runc::v1::CheckpointOptions;
 use tokio::io::Interest;
+use tracing::warn;
 
 use super::exec::ExecRuntime;
-use super::{Create, Exec, OciRuntime, Restore, Running, Target};
+use super::{Create, Exec, Known, OciRuntime, Restore, Running, Target};
+use crate::cgroup::{Cgroup, Followed};
 use crate::error::{Error, Result};
 use crate::io::ChildStdio;
 use crate::process::Refusal;
@@ -31,6 +35,10 @@ use crate::worker::{self, Answer, Failure, Fault};
 pub(crate) struct BuiltinRuntime {
     target: Target,
     runtime: Shared,
+    /// For a container with a network of its own.
+    network: Mutex<Option<OwnedFd>>,
+    /// The container as it was created here; `None` if somebody else did.
+    kept: Mutex<Option<Arc<Kept>>>,
     /// Pid of init; 0 before there is one.
     init: AtomicU32,
     reaper: Reaper,
@@ -71,6 +79,8 @@ pub(crate) struct Library {
     opened: Arc<Mutex<Vec<(Key, Shared)>>>,
     /// The machine's control groups, if somebody has looked already.
     host: Option<Host>,
+    /// A network namespace for the first container.
+    network: Arc<Mutex<Option<OwnedFd>>>,
 }
 
 /// Root, and whether systemd makes the cgroups.
@@ -80,12 +90,19 @@ type Key = (PathBuf, bool);
 type Shared = Arc<Mutex<Runtime>>;
 
 impl Library {
-    /// A library that need not look at the machine again.
-    pub(crate) fn knowing(host: Option<Host>) -> Self {
+    /// A library that need not look at the machine again, and has a network namespace for the first
+    /// container.
+    pub(crate) fn knowing(host: Option<Host>, network: Option<OwnedFd>) -> Self {
         Self {
             host,
+            network: Arc::new(Mutex::new(network)),
             ..Self::default()
         }
+    }
+
+    fn take_network(&self) -> Option<OwnedFd> {
+        let mut network = self.network.lock().unwrap_or_else(PoisonError::into_inner);
+        network.take()
     }
 
     fn open(&self, target: &Target) -> lighter_oci::Result<Shared> {
@@ -138,6 +155,37 @@ fn streams(stdio: ChildStdio, process: Option<&Process>) -> Stdio {
     }
 }
 
+fn has_private_pids(spec: &Spec) -> bool {
+    let linux = spec.linux.as_ref();
+    linux.is_some_and(|linux| {
+        let mut namespaces = linux.namespaces.iter();
+        namespaces.any(|namespace| namespace.kind == "pid" && namespace.path.is_empty())
+    })
+}
+
+/// Hears what the first process says, until it is ready.
+async fn until_ready(creating: &mut Creating) -> Result<()> {
+    let line = creating
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(|line| sys::register(line, Interest::READABLE))
+        .map_err(Error::system("watch a new container"))?;
+    loop {
+        match creating.advance() {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(error) => {
+                let text = format!("OCI runtime create failed: {error}");
+                return Err(Error::Runtime(text));
+            }
+        }
+        let ready = line.readable().await;
+        ready
+            .map_err(Error::system("watch a new container"))?
+            .clear_ready();
+    }
+}
+
 fn made(created: lighter_oci::Created) -> Answer {
     Answer {
         pid: u32::try_from(created.pid).unwrap_or(0),
@@ -178,6 +226,8 @@ impl BuiltinRuntime {
         Ok(Self {
             target,
             runtime,
+            network: Mutex::new(library.take_network()),
+            kept: Mutex::default(),
             init: AtomicU32::new(0),
             reaper,
             socket_dir,
@@ -194,12 +244,90 @@ impl BuiltinRuntime {
         )
     }
 
+    /// Keeps at hand what somebody else created; without it, starting and deleting take a worker.
+    fn keep(&self) {
+        let kept = locked(&self.runtime)
+            .container(&self.target.id)
+            .and_then(lighter_oci::Container::keep);
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = kept.ok().map(Arc::new);
+    }
+
+    fn kept(&self) -> Option<Arc<Kept>> {
+        let kept = self.kept.lock();
+        kept.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn keyring(&self) -> KeyringMode {
         if self.target.options.no_new_keyring {
             KeyringMode::Inherited
         } else {
             KeyringMode::Own
         }
+    }
+
+    /// Waits for a container that was begun; undoes it if it fails.
+    async fn see_through(&self, mut creating: Creating, private_pids: bool) -> Result<Running> {
+        let pid = u32::try_from(creating.pid()).unwrap_or(0);
+        let exit = self.reaper.claim(pid);
+        // While the new process is busy: what is of no use to it.
+        let cgroup = creating.group().map(Cgroup::of_group).map(Followed::from);
+        let noted = self.note_init(pid);
+        let ready = match noted {
+            Ok(()) => until_ready(&mut creating).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ready {
+            // Killing and removing may wait; this process may not.
+            let undone = worker::call(&self.reaper, || {
+                creating.undo();
+                Ok(Answer::default())
+            });
+            if let Err(error) = undone.await {
+                warn!(container_id = %self.target.id, %error, "cannot undo a create");
+            }
+            creating.forget();
+            return Err(error);
+        }
+        let (made, kept) = creating.finish();
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(kept));
+        Ok(Running {
+            pid,
+            exit,
+            terminal: made.console,
+            known: Some(Known {
+                cgroup,
+                private_pids,
+            }),
+        })
+    }
+
+    fn note_init(&self, pid: u32) -> Result<()> {
+        self.init.store(pid, Ordering::Relaxed);
+        let pid_file = self.target.bundle.join("init.pid");
+        std::fs::write(&pid_file, pid.to_string()).map_err(Error::io("write", &pid_file))
+    }
+
+    /// Creates in a worker, which may wait.
+    async fn create_apart(&self, request: CreateRequest<'_>) -> Result<Running> {
+        let runtime = &self.runtime;
+        let window = self.reaper.window();
+        let answer = worker::call(&self.reaper, move || {
+            let request = CreateRequest {
+                parentage: Parentage::Sibling,
+                ..request
+            };
+            Ok(made(locked(runtime).create(&request)?))
+        })
+        .await?
+        .map_err(|failure| failed("OCI runtime create failed", &failure))?;
+        self.note_init(answer.pid)?;
+        self.keep();
+        Ok(Running {
+            pid: answer.pid,
+            exit: window.claim(answer.pid),
+            terminal: answer.terminal,
+            known: None,
+        })
     }
 
     /// Runs work on the container in a worker.
@@ -230,35 +358,38 @@ impl BuiltinRuntime {
 #[async_trait]
 impl OciRuntime for BuiltinRuntime {
     async fn create(&self, create: Create) -> Result<Running> {
-        let (target, runtime) = (&self.target, &self.runtime);
-        let keyring = self.keyring();
-        let window = self.reaper.window();
-        let answer = worker::call(&self.reaper, move || {
-            let spec = Spec::load(&target.bundle)?;
-            let root_mode = if target.options.no_pivot_root {
-                RootMode::NoPivot
-            } else {
-                RootMode::Pivot
-            };
-            let request = CreateRequest {
-                stdio: streams(create.stdio, spec.process.as_ref()),
-                parentage: Parentage::Sibling,
-                keyring,
-                root_mode,
-                ..CreateRequest::new(&target.id, &target.bundle, &spec)
-            };
-            Ok(made(locked(runtime).create(&request)?))
-        })
-        .await?
-        .map_err(|failure| failed("OCI runtime create failed", &failure))?;
-        self.init.store(answer.pid, Ordering::Relaxed);
-        let pid_file = self.target.bundle.join("init.pid");
-        std::fs::write(&pid_file, answer.pid.to_string()).map_err(Error::io("write", &pid_file))?;
-        Ok(Running {
-            pid: answer.pid,
-            exit: window.claim(answer.pid),
-            terminal: answer.terminal,
-        })
+        let failed = |text: String| Error::Runtime(format!("OCI runtime create failed: {text}"));
+        let target = &self.target;
+        let spec = Spec::load(&target.bundle).map_err(|error| failed(error.to_string()))?;
+        let network = self
+            .network
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let root_mode = if target.options.no_pivot_root {
+            RootMode::NoPivot
+        } else {
+            RootMode::Pivot
+        };
+        let request = CreateRequest {
+            stdio: streams(create.stdio, spec.process.as_ref()),
+            keyring: self.keyring(),
+            root_mode,
+            network: network.as_ref().map(AsFd::as_fd),
+            ..CreateRequest::new(&target.id, &target.bundle, &spec)
+        };
+        let begun = locked(&self.runtime)
+            .begin_create(&request)
+            .map_err(|error| failed(error.to_string()))?;
+        let Some(creating) = begun else {
+            return self.create_apart(request).await;
+        };
+        // Streams and namespace are the new process's now.
+        drop(request);
+        drop(network);
+        let private_pids = has_private_pids(&spec);
+        drop(spec);
+        self.see_through(creating, private_pids).await
     }
 
     async fn start(&self) -> Result<()> {
@@ -266,19 +397,19 @@ impl OciRuntime for BuiltinRuntime {
             Error::Runtime(format!("OCI runtime start failed: {error}"))
         };
         // Without hooks there is nothing to wait for but the program itself.
-        let begun = locked(&self.runtime)
-            .container(&self.target.id)
-            .and_then(|container| container.begin_start())
-            .map_err(failed)?;
-        if let Some(running) = begun {
+        let kept = self.kept();
+        let begun = kept
+            .as_ref()
+            .map(|kept| kept.begin_start())
+            .transpose()
+            .map_err(failed)?
+            .flatten();
+        if let (Some(kept), Some(running)) = (kept, begun) {
             let running = sys::register(running, Interest::ERROR)
                 .map_err(Error::system("watch the start"))?;
             let seen = running.ready(Interest::ERROR).await;
             drop(seen.map_err(Error::system("watch the start"))?);
-            return locked(&self.runtime)
-                .container(&self.target.id)
-                .and_then(|container| container.finish_start())
-                .map_err(failed);
+            return kept.finish_start().map_err(failed);
         }
         self.on_container("OCI runtime start failed", |container| {
             Ok(container.start()?)
@@ -306,6 +437,7 @@ impl OciRuntime for BuiltinRuntime {
             pid: answer.pid,
             exit: window.claim(answer.pid),
             terminal: answer.terminal,
+            known: None,
         })
     }
 
@@ -333,15 +465,12 @@ impl OciRuntime for BuiltinRuntime {
     }
 
     async fn delete(&self, force: bool) -> Result<()> {
-        if !force {
-            let done = locked(&self.runtime)
-                .container(&self.target.id)
-                .and_then(|container| container.delete_at_once());
-            match done {
-                Ok(true) | Err(lighter_oci::Error::NotFound { .. }) => return Ok(()),
-                // A worker may wait, and says what is wrong.
-                Ok(false) | Err(_) => {}
-            }
+        // What cannot be done at once a worker does, which may wait and says what is wrong.
+        if !force
+            && let Some(kept) = self.kept()
+            && kept.delete_at_once().unwrap_or(false)
+        {
+            return Ok(());
         }
         let deletion = if force {
             Deletion::Forced
@@ -405,6 +534,7 @@ impl OciRuntime for BuiltinRuntime {
     async fn restore(&self, restore: Restore) -> Result<Running> {
         let running = self.command_line().restore(restore).await?;
         self.init.store(running.pid, Ordering::Relaxed);
+        self.keep();
         Ok(running)
     }
 }

@@ -258,6 +258,7 @@ impl ExecRuntime {
             pid,
             exit,
             terminal,
+            known: None,
         })
     }
 

@@ -12,9 +12,9 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use lighter_proto::containerd::runc::v1::{CheckpointOptions, Options};
 
+use crate::cgroup::Followed;
 use crate::error::Result;
 use crate::io::ChildStdio;
-
 use crate::reaper::Pending;
 use crate::task::Core;
 
@@ -61,6 +61,17 @@ pub(crate) struct Running {
     pub(crate) exit: Pending,
     /// Master of its terminal, if it has one.
     pub(crate) terminal: Option<OwnedFd>,
+    /// What the runtime knows of the container besides.
+    pub(crate) known: Option<Known>,
+}
+
+/// What a runtime that made a container need not be asked.
+#[derive(Debug)]
+pub(crate) struct Known {
+    /// Its cgroup, watched.
+    pub(crate) cgroup: Option<Followed>,
+    /// Whether init's end takes every other process with it, by the kernel's doing.
+    pub(crate) private_pids: bool,
 }
 
 /// Operations on one container. Errors carry the runtime's own text.

@@ -85,6 +85,7 @@ impl Task {
                 execs: HashMap::new(),
                 cgroup: None,
                 oom: None,
+                private_pids: None,
                 restore: None,
             }),
             changed: Notify::new(),
@@ -113,7 +114,7 @@ impl Task {
             },
             Err(error) => Err(error),
         };
-        let running = match created {
+        let mut running = match created {
             Ok(running) => running,
             Err(error) => {
                 io.close().await;
@@ -123,7 +124,9 @@ impl Task {
         let pid = running.pid;
         task.locked().machine = Container::created(&request.id, pid);
         let task = Arc::new(task);
-        task.watch_cgroup(pid);
+        let known = running.known.take();
+        task.locked().private_pids = known.as_ref().map(|known| known.private_pids);
+        task.watch_cgroup(pid, known.and_then(|known| known.cgroup));
         task.announce_create(&request.rootfs, "", pid);
         task.watch_exit(None, running);
         info!(container_id = %task.id, pid, "container created");

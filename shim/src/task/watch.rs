@@ -8,22 +8,22 @@ use tracing::{debug, info, warn};
 
 use super::{Inner, Task};
 use crate::bundle::Spec;
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, Followed};
 use crate::error::Error;
 use crate::process::{Effect, Exit, Input};
 use crate::runtime::Running;
 
 impl Task {
     /// Finds the container's cgroup while init is surely alive, and watches it for OOM kills.
-    pub(super) fn watch_cgroup(self: &Arc<Self>, pid: u32) {
-        let cgroup = match Cgroup::of(pid) {
-            Ok(cgroup) => cgroup,
+    pub(super) fn watch_cgroup(self: &Arc<Self>, pid: u32, known: Option<Followed>) {
+        let followed = match known.map_or_else(|| Cgroup::of(pid).map(Followed::from), Ok) {
+            Ok(followed) => followed,
             Err(error) => {
                 warn!(container_id = %self.id, %error, "no cgroup: no metrics, no OOM events");
                 return;
             }
         };
-        match cgroup.watch_oom() {
+        match followed.oom {
             Ok(watch) => {
                 self.locked().oom = Some(watch.clone());
                 let task = self.clone();
@@ -35,7 +35,7 @@ impl Task {
             }
             Err(error) => warn!(container_id = %self.id, %error, "no OOM events"),
         }
-        self.locked().cgroup = Some(cgroup);
+        self.locked().cgroup = Some(followed.cgroup);
     }
 
     pub(super) fn report_oom(&self) {
@@ -140,8 +140,10 @@ impl Task {
         if thaw && let Err(error) = self.runtime.resume().await {
             debug!(container_id = %self.id, %error, "not thawed");
         }
+        let known = self.locked().private_pids;
         // Without a readable spec the safe assumption is that processes are left.
-        let private = Spec::read(&self.bundle).is_ok_and(|spec| spec.has_private_pids());
+        let private = known
+            .unwrap_or_else(|| Spec::read(&self.bundle).is_ok_and(|spec| spec.has_private_pids()));
         if !private
             && let Err(error) = self.runtime.kill(9, true).await
             && !matches!(error, Error::NotFound(_))
