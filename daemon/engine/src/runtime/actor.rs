@@ -22,8 +22,7 @@ use super::connection::Connection;
 use super::error::Error;
 use super::forward::Meaning;
 use super::handle::{Handle, process_of};
-use super::launch;
-use super::manager::{ExecTask, Shared, Slot};
+use super::manager::{ExecTask, Shared, Shim, Slot};
 use super::reap::{self, Found};
 use super::state::{Exit, Input, Process, Status, Stdio, TaskState};
 
@@ -119,6 +118,8 @@ pub(super) struct Actor {
     removal: Option<Vec<Reply<(Exit, u32)>>>,
     /// Whether the connection is gone and somebody looks after the shim.
     lost: bool,
+    /// Whether the shim is ours.
+    ours: bool,
     /// Ends the copying of the shim's log with the task.
     _log: Option<DropGuard>,
 }
@@ -127,14 +128,13 @@ pub(super) struct Actor {
 pub(super) fn new(
     shared: Arc<Shared>,
     bundle: Bundle,
-    connection: Connection,
+    shim: Shim,
     state: TaskState,
-    log: Option<DropGuard>,
 ) -> (Handle, Actor) {
     let (sender, inbox) = mpsc::channel(INBOX);
     let (state, watched) = watch::channel(state);
     let bundle = Arc::new(bundle);
-    let connection = Arc::new(RwLock::new(connection));
+    let connection = Arc::new(RwLock::new(shim.connection));
     let handle = Handle {
         bundle: Arc::clone(&bundle),
         inbox: sender,
@@ -150,7 +150,8 @@ pub(super) fn new(
         calls: JoinSet::new(),
         removal: None,
         lost: false,
-        _log: log,
+        ours: shim.ours,
+        _log: shim.log,
     };
     (handle, actor)
 }
@@ -409,7 +410,7 @@ impl Actor {
             false
         });
         if tell && exec_id.is_empty() {
-            reap::mark_announced(&self.bundle);
+            self.bundle.mark_announced();
         }
         tell
     }
@@ -426,9 +427,9 @@ impl Actor {
         }
         self.removal = Some(vec![reply]);
         let (shared, bundle) = (Arc::clone(&self.shared), Arc::clone(&self.bundle));
-        let connection = self.connection();
+        let (connection, ours) = (self.connection(), self.ours);
         self.calls.spawn(async move {
-            let (result, gone) = remove(&shared, &bundle, &connection).await;
+            let (result, gone) = remove(&shared, &bundle, &connection, ours).await;
             Done::Removed { result, gone }
         });
     }
@@ -680,6 +681,7 @@ async fn remove(
     shared: &Arc<Shared>,
     bundle: &Arc<Bundle>,
     connection: &Connection,
+    ours: bool,
 ) -> (Result<(Exit, u32), Error>, bool) {
     let _step = shared.step(bundle, "Task.Delete");
     let request = wire::DeleteRequest {
@@ -701,7 +703,6 @@ async fn remove(
     let clearing = clear_away(shared, bundle, connection);
     // Our shim has unmounted the root filesystem when it answers, and the id stays taken: nobody
     // needs to wait for the rest.
-    let ours = bundle.shim_path().as_deref().is_some_and(launch::is_ours);
     if answer.is_ok() && ours && !shared.has_mounts(bundle) {
         shared.tracker.spawn(clearing);
     } else {

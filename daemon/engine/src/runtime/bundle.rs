@@ -7,10 +7,10 @@
 //! | `rootfs/` | daemon | mount point of the root filesystem, 0711 |
 //! | `work` | daemon | link to `<root>/<kind>/<namespace>/<id>/` |
 //! | `log` | daemon | fifo the shim logs to |
-//! | `bootstrap.json` | daemon | how to reach the shim (older daemons: `address`) |
+//! | `bootstrap.json` | daemon | how to reach the shim (older daemons: `address`); read-only once the first process's end was told |
 //! | `shim-binary-path` | daemon | absolute path of the shim |
 //! | `sandbox` | daemon | id of the sandbox whose shim it joined |
-//! | `options.json`, `runtime`, `init.pid`, `s` | shim | its own |
+//! | `options.json`, `runtime`, `init.pid` | shim | its own |
 //!
 //! Nothing here is synced: the state directory dies with the boot, and so do the tasks in it. A
 //! name that starts with a dot is a bundle on its way out.
@@ -43,6 +43,10 @@ const BOOTSTRAP: &str = "bootstrap.json";
 const ADDRESS: &str = "address";
 const SHIM_PATH: &str = "shim-binary-path";
 const SANDBOX: &str = "sandbox";
+/// What older daemons left once the first process's end was told.
+const ANNOUNCED: &str = "exit-announced";
+/// Mode of the bootstrap file from then on.
+const TOLD_MODE: u32 = 0o444;
 /// Most bytes of a small file in a bundle.
 const MAX_SMALL_BYTES: u64 = 64 << 10;
 /// Times a mount on the root filesystem is taken off before giving up: mounts can be stacked.
@@ -166,7 +170,15 @@ impl Bundle {
     /// What the system says.
     pub(super) fn write_bootstrap(&self, bootstrap: &Bootstrap) -> Result<(), Error> {
         let path = self.path.join(BOOTSTRAP);
-        replace(&path, bootstrap.to_json().as_bytes(), 0o644).map_err(Error::io("write", &path))
+        let json = bootstrap.to_json();
+        // The first is there whole or empty, and empty is none.
+        match write_new(&path, json.as_bytes(), 0o644) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                replace(&path, json.as_bytes(), 0o644)
+            }
+            written => written,
+        }
+        .map_err(Error::io("write", &path))
     }
 
     /// How to reach the shim; a file of an older daemon is read too.
@@ -201,15 +213,22 @@ impl Bundle {
         small(&self.path.join(SHIM_PATH)).ok().map(PathBuf::from)
     }
 
-    /// Leaves the link to the directory of sockets that a shim leaves in a bundle it was started for.
-    pub(super) fn link_sockets(&self, address: &str) {
-        let dir = address
-            .strip_prefix("unix://")
-            .and_then(|path| Path::new(path).parent());
-        if let Some(dir) = dir {
-            // For people and other daemons to look at; nothing of ours reads it.
-            let _linked = symlink(dir, self.path.join("s"));
+    /// Notes that subscribers were told of the first process's end, so that a daemon started later does
+    /// not tell it again.
+    pub(super) fn mark_announced(&self) {
+        // A file that is there anyhow says it: another would cost its making and its removal.
+        if set_mode(&self.path.join(BOOTSTRAP), TOLD_MODE).is_err() {
+            // Lost on failure: the end is then told twice, which subscribers must bear.
+            let _kept = std::fs::File::create(self.path.join(ANNOUNCED));
         }
+    }
+
+    /// Whether an earlier daemon told the first process's end.
+    #[must_use]
+    pub(super) fn announced(&self) -> bool {
+        let found = std::fs::metadata(self.path.join(BOOTSTRAP));
+        let told = found.is_ok_and(|found| found.permissions().mode() & 0o777 == TOLD_MODE);
+        told || self.path.join(ANNOUNCED).exists()
     }
 
     /// Keeps which sandbox's shim was joined.
@@ -249,7 +268,12 @@ impl Bundle {
             Err(e) => return Err(Error::io("remove", self.rootfs())(e)),
         }
         remove_by_rename(&self.path)?;
-        remove_by_rename(&self.work)
+        // Checkpoints alone put something there.
+        match std::fs::remove_dir(&self.work) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(_) => remove_by_rename(&self.work),
+        }
     }
 }
 
@@ -381,6 +405,23 @@ mod tests {
                 .count(),
             0
         );
+    }
+
+    #[test]
+    fn an_end_that_was_told_is_on_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = bundle(dir.path());
+        bundle.create(None).unwrap();
+        let bootstrap = Bootstrap::parse(b"unix:///x").unwrap();
+        bundle.write_bootstrap(&bootstrap).unwrap();
+        assert!(!bundle.announced());
+        bundle.mark_announced();
+        assert!(bundle.announced());
+        assert_eq!(bundle.read_bootstrap().unwrap(), bootstrap);
+        bundle.write_bootstrap(&bootstrap).unwrap();
+        assert!(!bundle.announced());
+        std::fs::write(bundle.path.join(ANNOUNCED), "").unwrap();
+        assert!(bundle.announced(), "an older daemon's word");
     }
 
     #[test]

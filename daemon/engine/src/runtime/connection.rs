@@ -12,19 +12,20 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use lighter_proto::errdefs::{ErrorKind, WireError};
+use lighter_proto::line::Line;
 use lighter_proto::ttrpc::call;
 use prost::Message;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::UnixStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::{Channel, Endpoint};
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 
 use super::bootstrap::{Bootstrap, Protocol};
+use super::early::Early;
 
 const TASK_V2: &str = "containerd.task.v2.Task";
-const TASK_V3: &str = "containerd.task.v3.Task";
+pub(super) const TASK_V3: &str = "containerd.task.v3.Task";
 const SANDBOX: &str = "containerd.runtime.sandbox.v1.Sandbox";
 /// Service of logs that the shim writes itself.
 const LOG: &str = "lighter.shim.v1.Log";
@@ -93,22 +94,33 @@ impl Connection {
         Self::over(stream, bootstrap, namespace).await
     }
 
+    /// The connection to a shim that has come to serve.
+    pub(super) fn settled(early: Early, bootstrap: &Bootstrap, namespace: &str) -> Self {
+        let transport = Transport::Ttrpc(early.client);
+        Self::with(transport, early.closed, bootstrap, namespace)
+    }
+
     /// The same over a stream that is connected already.
     ///
     /// # Errors
     /// `Unavailable` when the stream has ended.
-    pub(super) async fn over(
-        stream: UnixStream,
-        bootstrap: &Bootstrap,
-        namespace: &str,
-    ) -> Result<Self, WireError> {
+    async fn over(stream: Line, bootstrap: &Bootstrap, namespace: &str) -> Result<Self, WireError> {
         let closed = CancellationToken::new();
         let stream = Watched::new(stream, closed.clone());
         let transport = match bootstrap.protocol {
             Protocol::Ttrpc => Transport::Ttrpc(Client::new(Socket::new(stream))),
             Protocol::Grpc => Transport::Grpc(channel(stream).await?),
         };
-        Ok(Self {
+        Ok(Self::with(transport, closed, bootstrap, namespace))
+    }
+
+    fn with(
+        transport: Transport,
+        closed: CancellationToken,
+        bootstrap: &Bootstrap,
+        namespace: &str,
+    ) -> Self {
+        Self {
             inner: Arc::new(Inner {
                 transport,
                 namespace: namespace.to_owned(),
@@ -116,7 +128,7 @@ impl Connection {
                 bootstrap: bootstrap.clone(),
                 closed,
             }),
-        })
+        }
     }
 
     /// How the shim is reached, with the version it turned out to speak.
@@ -296,7 +308,7 @@ async fn grpc<Req: Message + 'static, Res: Message + Default + 'static>(
 }
 
 /// A gRPC channel over one stream; when that ends the channel does, too.
-async fn channel(stream: Watched<UnixStream>) -> Result<Channel, WireError> {
+async fn channel(stream: Watched<Line>) -> Result<Channel, WireError> {
     let mut stream = Some(stream);
     Endpoint::from_static("http://localhost")
         .connect_with_connector(tower::service_fn(move |_| {
@@ -308,10 +320,10 @@ async fn channel(stream: Watched<UnixStream>) -> Result<Channel, WireError> {
 }
 
 /// Connects to `unix://path` or a plain path (as shims over gRPC answer), to a hybrid vsock (`hvsock://path:port`), or to an abstract name.
-async fn dial(address: &str) -> io::Result<UnixStream> {
+async fn dial(address: &str) -> io::Result<Line> {
     let plain = address.starts_with('/').then_some(address);
     if let Some(path) = address.strip_prefix("unix://").or(plain) {
-        return UnixStream::connect(path).await;
+        return Line::connect(path).await;
     }
     if let Some(rest) = address.strip_prefix("hvsock://") {
         return hybrid(rest).await;
@@ -322,26 +334,24 @@ async fn dial(address: &str) -> io::Result<UnixStream> {
             format!("sockets of scheme {scheme} are not supported"),
         ));
     }
-    abstract_name(address.trim_start_matches('\0')).await
+    abstract_name(address.trim_start_matches('\0'))
 }
 
-async fn abstract_name(name: &str) -> io::Result<UnixStream> {
+fn abstract_name(name: &str) -> io::Result<Line> {
     use std::os::linux::net::SocketAddrExt as _;
     let address = std::os::unix::net::SocketAddr::from_abstract_name(name.as_bytes())?;
     // A local connect does not block: the peer's backlog takes it or the call fails.
-    let stream = std::os::unix::net::UnixStream::connect_addr(&address)?;
-    stream.set_nonblocking(true)?;
-    UnixStream::from_std(stream)
+    Line::new(std::os::unix::net::UnixStream::connect_addr(&address)?)
 }
 
 /// The handshake of a virtual machine monitor's socket: `CONNECT port`, answered by `OK …`.
-async fn hybrid(rest: &str) -> io::Result<UnixStream> {
+async fn hybrid(rest: &str) -> io::Result<Line> {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let (path, port) = rest
         .rsplit_once(':')
         .and_then(|(path, port)| Some((path, port.parse::<u32>().ok()?)))
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "want hvsock://path:port"))?;
-    let mut stream = UnixStream::connect(Path::new(path)).await?;
+    let mut stream = Line::connect(Path::new(path)).await?;
     stream
         .write_all(format!("CONNECT {port}\n").as_bytes())
         .await?;
@@ -361,14 +371,14 @@ async fn hybrid(rest: &str) -> io::Result<UnixStream> {
 }
 
 /// A stream that tells a token of its end, and ends when the token says so.
-struct Watched<S> {
+pub(super) struct Watched<S> {
     stream: S,
     closed: CancellationToken,
     close: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 impl<S> Watched<S> {
-    fn new(stream: S, closed: CancellationToken) -> Self {
+    pub(super) fn new(stream: S, closed: CancellationToken) -> Self {
         Self {
             stream,
             close: Box::pin(closed.clone().cancelled_owned()),

@@ -11,13 +11,16 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use futures::future::maybe_done;
 use lighter_proto::containerd::runtime::bootstrap::v1 as boot;
-use lighter_proto::containerd::task::v3::DeleteResponse;
+use lighter_proto::containerd::task::v3::{CreateTaskRequest, CreateTaskResponse, DeleteResponse};
 use lighter_proto::containerd::types::RuntimeInfo;
+use lighter_proto::errdefs::WireError;
 use prost::Message as _;
 use prost_types::Any;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
@@ -27,6 +30,7 @@ use tracing::{debug, warn};
 use super::bootstrap::Bootstrap;
 use super::bundle::Bundle;
 use super::connection::Connection;
+use super::early::Early;
 use super::error::Error;
 use super::nursery::{Answer, Nurseries};
 
@@ -109,6 +113,9 @@ pub struct Launcher {
     nurseries: Nurseries,
 }
 
+/// What a shim says to a request to create.
+pub(super) type Created = Result<CreateTaskResponse, WireError>;
+
 /// What a shim printed and how it ended.
 struct Output {
     status: ExitStatus,
@@ -155,7 +162,8 @@ impl Launcher {
         }
     }
 
-    /// Starts (or finds) the server for the bundle, keeps how it is reached, and connects.
+    /// Starts (or finds) the server for the bundle, keeps how it is reached, and connects. Where that
+    /// saves time `create` is asked of it meanwhile, and its answer comes along.
     ///
     /// # Errors
     /// Why there is no server, or no connection to it.
@@ -164,24 +172,43 @@ impl Launcher {
         shim: &Path,
         bundle: &Bundle,
         options: Option<&Any>,
-    ) -> Result<Connection, Error> {
-        let mut first = None;
+        create: Option<&CreateTaskRequest>,
+    ) -> Result<(Connection, Option<Created>), Error> {
+        let namespace = bundle.namespace.as_str();
         let warm = if is_ours(shim) {
-            let params = self.params(bundle, options).encode_to_vec();
+            let mut params = self.params(bundle, options);
+            if self.log_level == LogLevel::Info {
+                // What a shim says below a warning is for developers (see `shim_log`): it need not say it.
+                params.log_level = LogLevel::Warn.wire() as i32;
+            }
+            let params = params.encode_to_vec();
             let command = || self.any_command(shim);
+            let first = |early: &Early| {
+                let request = create?.clone();
+                let call = early.task("Create", namespace.to_owned(), request);
+                Some(maybe_done(call))
+            };
             self.nurseries
-                .ask(shim, &params, &bundle.path, command)
+                .ask(shim, &params, &bundle.path, command, first)
                 .await
         } else {
             None
         };
         let bootstrap = match warm {
-            Some(Answer::Served(bytes, stream)) => {
-                first = Some(stream);
-                Bootstrap::parse(&bytes)?
+            Some((Answer::Served(bytes, early), mut first)) => {
+                let bootstrap = Bootstrap::parse(&bytes)?;
+                bundle.write_bootstrap(&bootstrap)?;
+                let connection = Connection::settled(early, &bootstrap, namespace);
+                let mut created = None;
+                if let Some(first) = &mut first {
+                    // Ends with the connection, as every call.
+                    Pin::new(&mut *first).await;
+                    created = Pin::new(first).take_output();
+                }
+                return Ok((connection, created));
             }
-            Some(Answer::Elsewhere(bytes)) => Bootstrap::parse(&bytes)?,
-            Some(Answer::Refused(reason)) => {
+            Some((Answer::Elsewhere(bytes), _)) => Bootstrap::parse(&bytes)?,
+            Some((Answer::Refused(reason), _)) => {
                 return Err(Error::Start {
                     reason: format!("start failed: {reason}"),
                 });
@@ -189,11 +216,7 @@ impl Launcher {
             None => self.start(shim, bundle, options).await?,
         };
         bundle.write_bootstrap(&bootstrap)?;
-        let namespace = bundle.namespace.as_str();
-        Ok(match first {
-            Some(stream) => Connection::over(stream, &bootstrap, namespace).await?,
-            None => Connection::open(&bootstrap, namespace).await?,
-        })
+        Ok((Connection::open(&bootstrap, namespace).await?, None))
     }
 
     /// The shim's binary for a runtime name (`io.containerd.runc.v2`) or an absolute path. The

@@ -484,29 +484,26 @@ impl Manager {
 /// Makes bundle, shim and first process; undoes all of it when one fails.
 async fn create(shared: &Arc<Shared>, bundle: &Bundle, task: CreateTask) -> Result<Handle, Error> {
     let step = shared.step(bundle, "create bundle");
-    let (bundle, task) = {
-        let (bundle, spec) = (bundle.clone(), task);
-        tokio::task::spawn_blocking(move || {
-            bundle.create(spec.spec.as_deref())?;
-            Ok::<_, Error>((bundle, spec))
-        })
-        .await
-        .map_err(|_| Error::Stopping)??
-    };
+    let bundle = bundle.clone();
+    // A handful of system calls on a file system in memory: a thread of its own would cost more.
+    bundle.create(task.spec.as_deref())?;
     step.at("activate mounts");
     let mut task = task;
-    task.rootfs = match shared
-        .activate(&bundle, std::mem::take(&mut task.rootfs))
-        .await
-    {
-        Ok(rootfs) => rootfs,
+    let prepared = async {
+        let rootfs = std::mem::take(&mut task.rootfs);
+        task.rootfs = shared.activate(&bundle, rootfs).await?;
+        super::checkpoint::restore_path(shared, &bundle, &task).await
+    };
+    let checkpoint = match prepared.await {
+        Ok(checkpoint) => checkpoint,
         Err(error) => {
             undo_bundle(shared, &bundle).await;
             return Err(error);
         }
     };
     step.at("start shim");
-    let launched = match launch(shared, &bundle, &task).await {
+    let request = request(&bundle, &mut task, checkpoint);
+    let mut launched = match launch(shared, &bundle, &task, &request).await {
         Ok(launched) => launched,
         Err(error) => {
             undo_bundle(shared, &bundle).await;
@@ -514,15 +511,15 @@ async fn create(shared: &Arc<Shared>, bundle: &Bundle, task: CreateTask) -> Resu
         }
     };
     step.at("Task.Create");
-    let stdio = task.stdio.clone();
-    let made = match super::checkpoint::restore_path(shared, &bundle, &task).await {
-        Ok(checkpoint) => make(&launched.connection, &bundle, task, checkpoint)
-            .await
-            .map_err(Error::Create),
-        Err(error) => Err(error),
+    let stdio = task.stdio;
+    let made = match launched.created.take() {
+        Some(created) => created,
+        None => launched.connection.task("Create", request, None).await,
     };
     match made {
-        Ok(pid) => {
+        Ok(answer) => {
+            let answer: wire::CreateTaskResponse = answer;
+            let pid = answer.pid;
             // The shim may have turned out to speak an older version than it said.
             let bootstrap = launched.connection.bootstrap();
             if bootstrap != launched.bootstrap {
@@ -530,31 +527,39 @@ async fn create(shared: &Arc<Shared>, bundle: &Bundle, task: CreateTask) -> Resu
             }
             info!(container_id = %bundle.id, namespace = %bundle.namespace, pid, "task created");
             let state = actor::fresh(pid, stdio);
-            Ok(adopt(
-                shared,
-                bundle,
-                launched.connection,
-                state,
-                launched.log,
-            ))
+            let ours = launched.shim.as_deref().is_some_and(launch::is_ours);
+            let shim = Shim {
+                connection: launched.connection,
+                ours,
+                log: launched.log,
+            };
+            Ok(adopt(shared, bundle, shim, state))
         }
         Err(error) => {
             step.at("undo");
             undo_shim(shared, &bundle, &launched).await;
-            Err(error)
+            Err(Error::Create(error))
         }
     }
+}
+
+/// What serves a task.
+pub(super) struct Shim {
+    pub(super) connection: Connection,
+    /// Whether it is ours, which has unmounted everything when it answers a deletion.
+    pub(super) ours: bool,
+    /// Ends the copying of its log.
+    pub(super) log: Option<DropGuard>,
 }
 
 /// Puts a task on the books and lets its actor run.
 pub(super) fn adopt(
     shared: &Arc<Shared>,
     bundle: Bundle,
-    connection: Connection,
+    shim: Shim,
     state: super::state::TaskState,
-    log: Option<DropGuard>,
 ) -> Handle {
-    let (handle, actor) = actor::new(Arc::clone(shared), bundle, connection, state, log);
+    let (handle, actor) = actor::new(Arc::clone(shared), bundle, shim, state);
     shared.put(&handle.bundle, Slot::Live(handle.clone()));
     shared.tracker.spawn(actor.run());
     handle
@@ -568,12 +573,15 @@ struct Launched {
     shim: Option<PathBuf>,
     /// Ends the copying of its log.
     log: Option<DropGuard>,
+    /// What it said to the request, where that was sent along with its start.
+    created: Option<launch::Created>,
 }
 
 async fn launch(
     shared: &Arc<Shared>,
     bundle: &Bundle,
     task: &CreateTask,
+    request: &wire::CreateTaskRequest,
 ) -> Result<Launched, Error> {
     let joined = match &task.task_api {
         Some((address, version)) => Some(task_api(address, *version)?),
@@ -588,6 +596,7 @@ async fn launch(
             bootstrap,
             shim: None,
             log: None,
+            created: None,
         });
     }
     let shim = shared.launcher.resolve(&task.runtime)?;
@@ -601,14 +610,17 @@ async fn launch(
             connection,
             shim: Some(shim),
             log: None,
+            created: None,
         });
     }
     let log = shim_log::follow(&shared.tracker, bundle)?;
+    // A group may turn out to be served by somebody else.
+    let early = group.is_none().then_some(request);
     let connected = shared
         .launcher
-        .connect(&shim, bundle, task.options.as_ref());
+        .connect(&shim, bundle, task.options.as_ref(), early);
     match connected.await {
-        Ok(connection) => {
+        Ok((connection, created)) => {
             let bootstrap = connection.bootstrap();
             if let Some(group) = group {
                 let server = (shim.clone(), bootstrap.clone());
@@ -619,6 +631,7 @@ async fn launch(
                 connection,
                 shim: Some(shim),
                 log: Some(log),
+                created,
             })
         }
         // Without a server there is nothing to clean up after.
@@ -647,7 +660,6 @@ async fn join_group(
         .await
         .ok()?;
     bundle.write_bootstrap(&server).ok()?;
-    bundle.link_sockets(&server.address);
     Some(connection)
 }
 
@@ -679,26 +691,21 @@ fn task_api(address: &str, version: u32) -> Result<Bootstrap, Error> {
     })
 }
 
-async fn make(
-    connection: &Connection,
-    bundle: &Bundle,
-    task: CreateTask,
-    checkpoint: String,
-) -> Result<u32, WireError> {
-    let request = wire::CreateTaskRequest {
+/// What the shim is asked for a task; takes the mounts out of it.
+fn request(bundle: &Bundle, task: &mut CreateTask, checkpoint: String) -> wire::CreateTaskRequest {
+    let rootfs = std::mem::take(&mut task.rootfs);
+    wire::CreateTaskRequest {
         id: bundle.id.clone(),
         bundle: bundle.path.display().to_string(),
-        rootfs: task.rootfs.into_iter().map(Into::into).collect(),
+        rootfs: rootfs.into_iter().map(Into::into).collect(),
         terminal: task.stdio.terminal,
-        stdin: task.stdio.stdin,
-        stdout: task.stdio.stdout,
-        stderr: task.stdio.stderr,
+        stdin: task.stdio.stdin.clone(),
+        stdout: task.stdio.stdout.clone(),
+        stderr: task.stdio.stderr.clone(),
         checkpoint,
         parent_checkpoint: String::new(),
-        options: task.options,
-    };
-    let answer: wire::CreateTaskResponse = connection.task("Create", request, None).await?;
-    Ok(answer.pid)
+        options: task.options.clone(),
+    }
 }
 
 /// Undoes a shim that did not make its task.

@@ -26,6 +26,7 @@ mod bootstrap;
 mod bundle;
 mod checkpoint;
 mod connection;
+mod early;
 mod error;
 mod forward;
 mod groups;

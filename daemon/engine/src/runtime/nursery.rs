@@ -3,7 +3,8 @@
 //! A nursery is a process of our shim's `warm` action, one per shim binary. It keeps a few forked
 //! children ready, all of them waiting on one SEQPACKET socket whose other end is here; a frame on
 //! that socket, with a stream socket beside it, makes one of them the server of a bundle, and the
-//! stream its first connection. That saves a start both executions of the binary and a connect.
+//! stream its first connection. That saves a start both executions of the binary and a connect; the
+//! request to create the task goes along with the frame, which saves the wait for the answer.
 //!
 //! Frame and answer are described with the shim's `warm` action. What holds here:
 //!
@@ -20,24 +21,27 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
-use std::os::unix::net::UnixStream as Line;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::process::Stdio;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures::future::{BoxFuture, MaybeDone};
+use lighter_proto::containerd::task::v3::CreateTaskResponse;
+use lighter_proto::errdefs::WireError;
+use lighter_proto::line::Line;
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
-use tokio::io::AsyncReadExt as _;
-use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tracing::{debug, info, warn};
 
+use super::early::Early;
+
 /// Largest frame that the shim takes.
 const MAX_FRAME_BYTES: usize = 64 << 10;
-/// Largest answer that is read.
-const MAX_ANSWER_BYTES: u32 = 64 << 10;
 /// Longest that a child may take to answer: it makes a handful of system calls.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Binaries that have a nursery at the same time.
@@ -89,13 +93,16 @@ enum State {
 /// What a child answered.
 #[derive(Debug)]
 pub(super) enum Answer {
-    /// It serves the bundle, on this stream; the bytes are its bootstrap.
-    Served(Vec<u8>, UnixStream),
+    /// It serves the bundle, on this connection; the bytes are its bootstrap.
+    Served(Vec<u8>, Early),
     /// The group has a server already; the bytes are that one's bootstrap.
     Elsewhere(Vec<u8>),
     /// It cannot, and this is why.
     Refused(String),
 }
+
+/// The first call of a server, under way or answered.
+pub(super) type First = MaybeDone<BoxFuture<'static, Result<CreateTaskResponse, WireError>>>;
 
 /// The nurseries of this daemon, by binary.
 #[derive(Debug)]
@@ -127,14 +134,16 @@ impl Nurseries {
         }
     }
 
-    /// Asks a child to serve a bundle. `None` when the binary's `start` must be run instead.
+    /// Asks a child to serve a bundle, and sends `first` along: that runs on, if the answer is that
+    /// it serves. `None` when the binary's `start` must be run instead.
     pub(super) async fn ask(
         &self,
         binary: &Path,
         params: &[u8],
         bundle: &Path,
         command: impl FnOnce() -> Command,
-    ) -> Option<Answer> {
+        first: impl FnOnce(&Early) -> Option<First>,
+    ) -> Option<(Answer, Option<First>)> {
         if self.ready == 0 {
             return None;
         }
@@ -148,12 +157,14 @@ impl Nurseries {
             }
             None => return None,
         };
-        match tokio::time::timeout(ANSWER_LIMIT, answer(line)).await {
+        let early = Early::over(Line::new(line).ok()?);
+        let mut first = first(&early);
+        match tokio::time::timeout(ANSWER_LIMIT, answer(early, first.as_mut())).await {
             Ok(Ok(answer)) => {
                 if let Some((_, State::Ready(nursery))) = self.locked().get_mut(binary) {
                     nursery.proven = true;
                 }
-                Some(answer)
+                Some((answer, first))
             }
             Ok(Err(error)) => {
                 debug!(%error, "a warm shim did not answer; starting one");
@@ -232,7 +243,7 @@ impl Nurseries {
     }
 
     /// Sends the frame to the nursery of exactly this file; the line to the child that takes it.
-    fn order(&self, binary: &Path, identity: Identity, frame: &[u8]) -> Option<Line> {
+    fn order(&self, binary: &Path, identity: Identity, frame: &[u8]) -> Option<UnixStream> {
         let nurseries = self.locked();
         let (known, State::Ready(nursery)) = nurseries.get(binary)? else {
             return None;
@@ -240,7 +251,7 @@ impl Nurseries {
         if *known != identity {
             return None;
         }
-        let (ours, theirs) = Line::pair().ok()?;
+        let (ours, theirs) = UnixStream::pair().ok()?;
         // A full socket is as good as none: whoever starts so many at once gains from `start`.
         match send(&nursery.socket, frame, &theirs.into()) {
             Ok(()) => Some(ours),
@@ -274,23 +285,22 @@ fn send(socket: &OwnedFd, frame: &[u8], line: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-async fn answer(line: Line) -> io::Result<Answer> {
-    line.set_nonblocking(true)?;
-    let mut line = UnixStream::from_std(line)?;
-    let length = line.read_u32().await?;
-    if !(1..=MAX_ANSWER_BYTES).contains(&length) {
-        return Err(io::Error::other(format!("answer of {length} bytes")));
-    }
-    // Exactly the answer: what follows on the line is the server's.
-    let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
-    line.read_exact(&mut bytes).await?;
-    let text = bytes.split_off(1);
-    match bytes[0] {
-        0 => Ok(Answer::Served(text, line)),
+/// Waits for the answer while the first call is made.
+async fn answer(mut early: Early, mut first: Option<&mut First>) -> io::Result<Answer> {
+    let answered = std::future::poll_fn(|context| {
+        if let Some(first) = &mut first {
+            // Whether it is over already is asked later.
+            let _pending = Pin::new(&mut **first).poll(context);
+        }
+        early.poll_answer(context)
+    });
+    let (status, bytes) = answered.await?;
+    match status {
+        0 => Ok(Answer::Served(bytes, early)),
         1 => Ok(Answer::Refused(
-            String::from_utf8_lossy(&text).trim().to_owned(),
+            String::from_utf8_lossy(&bytes).trim().to_owned(),
         )),
-        2 => Ok(Answer::Elsewhere(text)),
+        2 => Ok(Answer::Elsewhere(bytes)),
         other => Err(io::Error::other(format!("answer of kind {other}"))),
     }
 }
@@ -331,12 +341,24 @@ mod tests {
                 .count()
         };
         for _ in 0..3 {
-            let asked = nurseries.ask(&shim, b"", Path::new("/b"), || Command::new(&shim));
+            let asked = nurseries.ask(
+                &shim,
+                b"",
+                Path::new("/b"),
+                || Command::new(&shim),
+                |_| None,
+            );
             assert!(asked.await.is_none());
         }
         assert_eq!((runs(), state(&nurseries, &shim)), (1, Some("useless")));
         script(&shim, &body);
-        let asked = nurseries.ask(&shim, b"", Path::new("/b"), || Command::new(&shim));
+        let asked = nurseries.ask(
+            &shim,
+            b"",
+            Path::new("/b"),
+            || Command::new(&shim),
+            |_| None,
+        );
         assert!(asked.await.is_none());
         assert_eq!(runs(), 2);
     }
@@ -365,10 +387,13 @@ mod tests {
     fn no_nurseries_are_kept_when_none_are_wanted() {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let asked = Nurseries::new(0);
-        let none =
-            runtime.block_on(asked.ask(Path::new("/bin/true"), b"", Path::new("/b"), || {
-                unreachable!("nothing is started")
-            }));
+        let none = runtime.block_on(asked.ask(
+            Path::new("/bin/true"),
+            b"",
+            Path::new("/b"),
+            || unreachable!("nothing is started"),
+            |_| None,
+        ));
         assert!(none.is_none());
     }
 }

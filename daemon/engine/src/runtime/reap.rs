@@ -23,8 +23,6 @@ use super::state::{Exit, UNKNOWN_EXIT};
 const AGAIN: Duration = Duration::from_millis(50);
 /// Longest such pause.
 const AGAIN_AT_MOST: Duration = Duration::from_secs(2);
-/// In a bundle: subscribers were told of the first process's end.
-const ANNOUNCED: &str = "exit-announced";
 
 /// What became of a shim whose connection ended.
 #[derive(Debug)]
@@ -157,16 +155,4 @@ pub(super) async fn dismiss(shared: &Arc<Shared>, bundle: &Bundle, connection: &
         let _late = tokio::time::timeout(limit, connection.closed()).await;
     }
     connection.close();
-}
-
-/// Notes in the bundle that the first process's end was told, so that a daemon started later
-/// does not tell it again.
-pub(super) fn mark_announced(bundle: &Bundle) {
-    // Lost on failure: the end is then told twice, which subscribers must bear.
-    let _kept = std::fs::File::create(bundle.path.join(ANNOUNCED));
-}
-
-/// Whether an earlier daemon told the first process's end.
-pub(super) fn announced(bundle: &Bundle) -> bool {
-    bundle.path.join(ANNOUNCED).exists()
 }

@@ -23,7 +23,8 @@ use super::bundle::{Bundle, TASKS};
 use super::connection::Connection;
 use super::error::Error;
 use super::handle::{Handle, process_of};
-use super::manager::{Manager, Shared, Slot, adopt, directories};
+use super::launch;
+use super::manager::{Manager, Shared, Shim, Slot, adopt, directories};
 use super::reap;
 use super::shim_log;
 use super::state::{Exit, Process, Status, Stdio, TaskState};
@@ -145,7 +146,13 @@ fn settle(shared: &Arc<Shared>, bundle: Bundle, recovered: Recovered) {
         warn!(container_id = %bundle.id, error = %render(error), "cannot follow the shim's log");
     });
     let untold = state.init.exit.filter(|_| !state.init.announced);
-    let handle = adopt(shared, bundle, connection, state, log.ok());
+    let ours = bundle.shim_path().as_deref().is_some_and(launch::is_ours);
+    let shim = Shim {
+        connection,
+        ours,
+        log: log.ok(),
+    };
+    let handle = adopt(shared, bundle, shim, state);
     if let Some(exit) = untold {
         shared
             .tracker
@@ -228,7 +235,7 @@ async fn try_one(shared: &Arc<Shared>, bundle: &Bundle) -> Result<Option<Recover
     };
     let mut state = TaskState::created(init.pid, init.stdio.clone());
     state.init = init;
-    state.init.announced = reap::announced(bundle);
+    state.init.announced = bundle.announced();
     if state.init.exit.is_none() {
         state.execs = execs(&connection, bundle, limit).await;
     }
@@ -314,7 +321,7 @@ async fn leaked_shim(shared: &Arc<Shared>, bundle: &Bundle, connection: &Connect
 
 /// The shim died while no daemon ran: what it left is cleaned up and its end is told.
 async fn dead(shared: &Arc<Shared>, bundle: &Bundle) {
-    let told = reap::announced(bundle);
+    let told = bundle.announced();
     let (exit, pid) = reap::bury(shared, bundle).await;
     shared.forget(bundle);
     let id = bundle.id.clone();

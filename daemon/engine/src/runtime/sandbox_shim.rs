@@ -38,7 +38,9 @@ impl Manager {
             bundle.write_shim_path(&shim)?;
             // Read for as long as the start takes: a shim must not wait for a reader then.
             let _log = super::shim_log::follow(&self.shared.tracker, bundle)?;
-            self.shared.launcher.connect(&shim, bundle, options).await
+            let launcher = &self.shared.launcher;
+            let (connection, _) = launcher.connect(&shim, bundle, options, None).await?;
+            Ok(connection)
         };
         match started.await {
             Ok(connection) => Ok(connection),
