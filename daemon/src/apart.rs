@@ -46,8 +46,7 @@ pub(crate) fn serve(config: &Config, parts: Parts<'_>) -> anyhow::Result<()> {
     );
     sys::tame_allocator();
     telemetry::start(&config.log_level, config.log_format)?;
-    std::fs::create_dir_all(&config.root)
-        .with_context(|| format!("create {}", config.root.display()))?;
+    crate::app::own_dir(&config.root, 0o700)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

@@ -69,13 +69,25 @@ pub(crate) fn serve(config: Config) -> anyhow::Result<()> {
     outcome
 }
 
+/// Makes a directory, and takes from others what `most` does not give them: one that is there may be
+/// of an older version.
+pub(crate) fn own_dir(dir: &std::path::Path, most: u32) -> anyhow::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    let mut mode = std::fs::metadata(dir)?.permissions();
+    mode.set_mode(mode.mode() & (most | 0o7000));
+    let closed = std::fs::set_permissions(dir, mode);
+    closed.with_context(|| format!("close {} to others", dir.display()))
+}
+
 /// What the configuration wants of the process itself.
 fn prepare_process(config: &Config) -> anyhow::Result<()> {
     for warning in &config.warnings {
         warn!(%warning, "configuration");
     }
-    for dir in [&config.root, &config.state] {
-        std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    // Processes of containers pass through the state directory; the root holds what they wrote.
+    for (dir, most) in [(&config.root, 0o700), (&config.state, 0o711)] {
+        own_dir(dir, most)?;
     }
     if config.oom_score != 0
         && let Err(error) = std::fs::write("/proc/self/oom_score_adj", config.oom_score.to_string())

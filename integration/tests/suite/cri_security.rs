@@ -93,7 +93,7 @@ async fn directories_are_closed_to_others_also_after_an_upgrade() -> Result {
     };
     check()?;
     node.daemon.kill()?;
-    for dir in [&root.join(plugin), &state.join(plugin)] {
+    for dir in [&root, &root.join(plugin), &state.join(plugin)] {
         fs::set_permissions(dir, fs::Permissions::from_mode(0o755))?;
     }
     node.boot().await?;

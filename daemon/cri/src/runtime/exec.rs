@@ -190,7 +190,7 @@ impl Plugin {
         let Some(exit) = exit else {
             let _ = handle.kill(&exec_id, SIGKILL, false).await;
             let _ = tokio::time::timeout(DRAIN_LIMIT, handle.wait(&exec_id)).await;
-            forget(&handle, &exec_id).await;
+            self.forget_later(handle, exec_id);
             let message = format!(
                 "failed to exec in container: timeout {limit:?} exceeded: context deadline exceeded"
             );
@@ -201,10 +201,10 @@ impl Plugin {
                 .await
                 .is_err()
         {
-            forget(&handle, &exec_id).await;
             let message = format!(
                 "failed to drain exec process {exec_id:?} io: io is still held by other processes"
             );
+            self.forget_later(handle, exec_id);
             return Err(Error::unknown(message));
         }
         forget(&handle, &exec_id).await;
@@ -218,6 +218,12 @@ impl Plugin {
             stderr,
             exit_code: i32::try_from(exit.status).unwrap_or(i32::MAX),
         })
+    }
+
+    /// Removes an exec whose output others still hold: its shim waits for them, its caller does not.
+    fn forget_later(&self, handle: Handle, exec_id: String) {
+        self.tracker
+            .spawn(async move { forget(&handle, &exec_id).await });
     }
 
     async fn exec_stream(&self, id: &str, command: &[String], io: ExecIo) -> Result<u32> {
