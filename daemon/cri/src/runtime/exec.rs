@@ -190,7 +190,7 @@ impl Plugin {
         let Some(exit) = exit else {
             let _ = handle.kill(&exec_id, SIGKILL, false).await;
             let _ = tokio::time::timeout(DRAIN_LIMIT, handle.wait(&exec_id)).await;
-            self.forget_later(handle, exec_id);
+            self.forget_later(&handle, &exec_id);
             let message = format!(
                 "failed to exec in container: timeout {limit:?} exceeded: context deadline exceeded"
             );
@@ -204,7 +204,7 @@ impl Plugin {
             let message = format!(
                 "failed to drain exec process {exec_id:?} io: io is still held by other processes"
             );
-            self.forget_later(handle, exec_id);
+            self.forget_later(&handle, &exec_id);
             return Err(Error::unknown(message));
         }
         forget(&handle, &exec_id).await;
@@ -221,7 +221,8 @@ impl Plugin {
     }
 
     /// Removes an exec whose output others still hold: its shim waits for them, its caller does not.
-    fn forget_later(&self, handle: Handle, exec_id: String) {
+    fn forget_later(&self, handle: &Handle, exec_id: &str) {
+        let (handle, exec_id) = (handle.clone(), exec_id.to_owned());
         self.tracker
             .spawn(async move { forget(&handle, &exec_id).await });
     }
