@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use lighter_proto::errdefs::{Classify as _, ErrorKind, WireError, render};
@@ -32,6 +32,10 @@ use crate::plugin::builtins::{kind, proxied, skipped};
 const DATABASE: &str = "io.containerd.metadata.v1.sled";
 /// Snapshotters of this process.
 pub(crate) const BUILT_IN: [&str; 4] = ["overlayfs", "native", "erofs", "blockfile"];
+/// How long a database that another process has is waited for.
+const LOCK_LIMIT: Duration = Duration::from_secs(5);
+/// Pause between two tries at it.
+const LOCK_PAUSE: Duration = Duration::from_millis(50);
 /// How often a database that changed is exported.
 const EXPORT_EVERY: Duration = Duration::from_secs(300);
 
@@ -47,14 +51,28 @@ pub(crate) struct Stores {
     pub(crate) rebuilt: bool,
 }
 
+/// Opens the database, or waits for it a little. A daemon that was killed while it forked leaves a
+/// child that has its lock until it executes its program, which takes long on a busy machine.
+fn open_database(path: &Path) -> Result<(lighter_kv::Db, lighter_kv::Opened), lighter_kv::Error> {
+    let until = Instant::now() + LOCK_LIMIT;
+    loop {
+        match lighter_kv::Db::open_or_rebuild(path, &lighter_kv::Options::default()) {
+            Err(lighter_kv::Error::Locked { .. }) if Instant::now() < until => {
+                std::thread::sleep(LOCK_PAUSE);
+            }
+            opened => return opened,
+        }
+    }
+}
+
 /// Opens everything durable. Blocks.
 ///
 /// # Errors
 /// When the database or the content cannot be opened; a snapshotter that cannot is left out.
 pub(crate) fn open(config: &Config) -> anyhow::Result<Stores> {
     let path = config.root.join(DATABASE);
-    let (kv, opened) = lighter_kv::Db::open_or_rebuild(&path, &lighter_kv::Options::default())
-        .with_context(|| format!("open the database in {}", path.display()))?;
+    let (kv, opened) =
+        open_database(&path).with_context(|| format!("open the database in {}", path.display()))?;
     let (content, mut plugins) = content(config)?;
     let mut snapshotters = BTreeMap::new();
     for (id, opened) in drivers(config, &kv)? {
