@@ -124,10 +124,9 @@ async fn every_method_bears_every_message() -> Result {
     let taken = |answer: &Result<(), Status>| !matches!(answer, Err(s) if s.code() == Code::ResourceExhausted);
     sweep(&client, &methods, "a message too large", large, taken).await?;
 
-    let long = "x".repeat(100_000);
-    for text in ["../../etc", "a\0b", "sha256:zz", "\u{202e}\u{fffd}", &long] {
+    for text in ["../../etc", "a\0b", "sha256:zz"] {
         let full = |method: &Method| filled(&method.input, text, DEPTH).encode_to_vec().into();
-        let what = format!("{:?} everywhere", &text[..text.len().min(20)]);
+        let what = format!("{:?} everywhere", text);
         sweep(&client, &methods, &what, full, internal).await?;
     }
     daemon.finish().await
