@@ -22,6 +22,9 @@ use crate::{Backend, Change, Error, Value};
 
 /// Bytes handed to the store below at a time; readers wait for that long.
 const CHUNK_BYTES: usize = 128 << 10;
+/// With less than this free, in bytes, a checkpoint that can wait does: its changes are safe in the
+/// journal, and the reserve that it would use up is needed to open the database again.
+const QUIET_FREE_BYTES: u64 = 16 << 20;
 /// Largest buffer kept for the next frame, in bytes.
 const SPARE_BYTES: usize = 256 << 10;
 
@@ -353,7 +356,8 @@ impl Backend for Layered {
     }
 
     fn unsettled(&self) -> bool {
-        !self.parts.overlay().is_empty() || !self.log().noted
+        let noted = self.log().noted;
+        !noted || !self.parts.overlay().is_empty()
     }
 
     fn settle(&self) -> Result<(), Error> {
@@ -366,6 +370,10 @@ impl Backend for Layered {
         if overlay.is_empty() {
             drop(overlay);
             return log.note_checkpoint();
+        }
+        let free = self.parts.below.free_bytes();
+        if free.is_some_and(|free| free < QUIET_FREE_BYTES) {
+            return Ok(());
         }
         // Changes that came since are not in the journal: next time.
         if overlay.pending_bytes() == 0 {

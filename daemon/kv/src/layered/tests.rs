@@ -231,12 +231,21 @@ fn a_store_that_fails_stops_the_commits_that_need_it() {
         fn sync(&self) -> Result<(), Error> {
             Err(Error::Full)
         }
+        fn free_bytes(&self) -> Option<u64> {
+            Some(0)
+        }
     }
     let media = [Fragile::laid(), Fragile::laid()];
     let journal = Journal::resume(dynamic(&media), CAPACITY, &Found::default()).unwrap();
     let layered = Layered::over(Box::new(Broken(Memory::default())), journal);
     let value = vec![1; 3000];
     let mut commits = 0;
+    // A checkpoint that can wait leaves a full disk alone.
+    layered.apply(&[(b"j", Some(&value))]).unwrap();
+    layered.sync().unwrap();
+    layered.settle().unwrap();
+    assert!(layered.log().running.is_none() && layered.unsettled());
+    commits += 1;
     let error = loop {
         layered.apply(&[(b"k", Some(&value))]).unwrap();
         match layered.sync() {
