@@ -50,7 +50,8 @@ kernel() {
 put() {
     mkdir -p "$root/$(dirname "$2")"
     strip -o "$root/$2" "$1" 2>/dev/null || cp "$1" "$root/$2"
-    { ldd "$1" 2>/dev/null || true; } | grep -o '/[^ ]*' | while read -r library; do
+    # A static one needs none.
+    { ldd "$1" 2>/dev/null | grep -o '/[^ ]*' || true; } | while read -r library; do
         [ -e "$root/$library" ] || { mkdir -p "$root/$(dirname "$library")" && cp -L "$library" "$root/$library"; }
     done
 }
