@@ -139,7 +139,9 @@ impl Collection {
             Kind::Lease => {
                 let found = change.contains(&keys::object(table::LEASES, &namespace, id))?;
                 if found {
-                    leases::remove(change, &Scope::new(namespace), id)?;
+                    let list = Discarded::Lease(namespace.clone(), id.to_owned());
+                    leases::remove(change, &Scope::new(namespace), id);
+                    change.discard(list);
                 }
                 Ok(found)
             }
@@ -305,6 +307,12 @@ impl Db {
         let mut snapshots: HashMap<String, Vec<String>> = HashMap::new();
         for one in discarded {
             match one {
+                Discarded::Lease(namespace, id) => {
+                    let forgotten = leases::forget_resources(&self.inner, &namespace, &id).await;
+                    if let Err(error) = forgotten {
+                        tracing::warn!(%error, %namespace, id, "the list of a lease that ended");
+                    }
+                }
                 Discarded::Blob(digest) => self.reclaim_blob(&digest, &mut done).await,
                 Discarded::Ingest(reference) => match self.inner.content.abort(&reference).await {
                     Ok(()) => done.ingests += 1,

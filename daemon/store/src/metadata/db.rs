@@ -58,9 +58,10 @@ pub(crate) struct Inner {
     sequence: Mutex<(u64, u64)>,
 }
 
-/// Something in a store below that no record owns any more.
+/// Something that no record owns any more: in a store below, or the list of a lease that ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Discarded {
+    Lease(Namespace, String),
     Blob(String),
     Ingest(String),
     Snapshot {

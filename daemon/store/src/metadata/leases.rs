@@ -10,7 +10,7 @@ use super::db::{Change, Inner};
 use super::keys::{self, Parts, table};
 use super::records::LeaseRecord;
 use crate::filter::{self, Fields, Filter};
-use crate::{Digest, Error, Labels, Scope, labels};
+use crate::{Digest, Error, Labels, Namespace, Scope, labels};
 
 /// One lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -149,6 +149,9 @@ fn random_id(now: SystemTime) -> String {
     format!("{nanos}-{tail}")
 }
 
+/// Resources taken off in one change: a few milliseconds of work.
+const FORGOTTEN_AT_ONCE: usize = 256;
+
 /// Leases of all namespaces.
 #[derive(Debug, Clone)]
 pub struct Leases {
@@ -190,6 +193,11 @@ impl Leases {
                     });
                 }
                 change.ensure_namespace(&scope.namespace)?;
+                // Of one of the same id, which ended a moment ago or with the daemon.
+                let left = keys::resources(&scope.namespace, &id).prefix();
+                for (key, _) in change.tx.scan(&left)? {
+                    change.delete(key);
+                }
                 change.put(key, &record);
                 Ok(lease_of(id, record))
             })
@@ -216,9 +224,11 @@ impl Leases {
         self.inner
             .update(|change| {
                 require(change, scope, id)?;
-                remove(change, scope, id)
+                remove(change, scope, id);
+                Ok(())
             })
-            .await
+            .await?;
+        forget_resources(&self.inner, &scope.namespace, id).await
     }
 
     /// Matching leases in byte order of id, expired ones included.
@@ -300,15 +310,40 @@ fn resource_of(key: &[u8]) -> Option<Resource> {
     })
 }
 
-/// Removes a lease and what it lists, not what it protects.
-pub(crate) fn remove(change: &mut Change<'_, '_>, scope: &Scope, id: &str) -> Result<(), Error> {
+/// Ends a lease. What it lists protects nothing any more and is taken off by [`forget_resources`].
+pub(crate) fn remove(change: &mut Change<'_, '_>, scope: &Scope, id: &str) {
     change.delete(keys::object(table::LEASES, &scope.namespace, id));
-    for (key, _) in change
-        .tx
-        .scan(&keys::resources(&scope.namespace, id).prefix())?
-    {
-        change.delete(key);
-    }
     change.dirty();
-    Ok(())
+}
+
+/// Takes off what a lease that ended lists, little by little: a change that is as long as the longest
+/// list would hold up all others.
+pub(crate) async fn forget_resources(
+    inner: &Inner,
+    namespace: &Namespace,
+    id: &str,
+) -> Result<(), Error> {
+    let lease = keys::object(table::LEASES, namespace, id);
+    let start = keys::resources(namespace, id).prefix();
+    let mut end = start.clone();
+    // A name ends with a byte that no other one of its place can have.
+    *end.last_mut().expect("a prefix is never empty") += 1;
+    loop {
+        let page = inner.kv.range(&start, Some(&end), FORGOTTEN_AT_ONCE)?;
+        let is_last = page.len() < FORGOTTEN_AT_ONCE;
+        let (made_anew, ticket) = inner.apply(|change| {
+            // Then these are the new one's: what was the old one's went when it was made.
+            if change.contains(&lease)? {
+                return Ok(true);
+            }
+            for (key, _) in page {
+                change.delete(key);
+            }
+            Ok(false)
+        })?;
+        if is_last || made_anew {
+            return Ok(ticket.wait().await?);
+        }
+        tokio::task::yield_now().await;
+    }
 }

@@ -1,7 +1,7 @@
 //! The stores below brought in line with the records, after a start: whatever a crash or a loss of
 //! files left is finished, removed or reported.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use lighter_proto::errdefs::{Classify, ErrorKind};
 
@@ -9,7 +9,7 @@ use super::collect::Reclaimed;
 use super::keys::{self, Parts, table};
 use super::records::{IngestRecord, SnapshotRecord};
 use super::snapshots::pin_name;
-use super::{Db, Snapshots, content};
+use super::{Db, Snapshots, content, leases};
 use crate::{Digest, Error, Namespace};
 
 impl Db {
@@ -27,6 +27,7 @@ impl Db {
                 tracing::warn!(%error, snapshotter = name, "snapshots are not reconciled");
             }
         }
+        self.reconcile_leases().await?;
         self.reconcile_blobs(&mut done).await?;
         self.reconcile_ingests(&mut done).await?;
         if done != Reclaimed::default() {
@@ -39,6 +40,25 @@ impl Db {
             );
         }
         Ok(done)
+    }
+
+    /// Takes off what leases list that ended when the daemon did.
+    async fn reconcile_leases(&self) -> Result<(), Error> {
+        let mut listing = BTreeSet::new();
+        self.pages(table::RESOURCES, &mut |key, _| {
+            let of = Parts::of(key).and_then(|(_, mut parts)| {
+                let namespace = Namespace::new(&parts.name()?).ok()?;
+                Some((namespace, parts.name()?.to_string()))
+            });
+            listing.extend(of);
+        })?;
+        for (namespace, id) in listing {
+            let lease = keys::object(table::LEASES, &namespace, &id);
+            if self.inner.kv.get(&lease)?.is_none() {
+                leases::forget_resources(&self.inner, &namespace, &id).await?;
+            }
+        }
+        Ok(())
     }
 
     async fn reconcile_snapshots(&self, name: &str, done: &mut Reclaimed) -> Result<(), Error> {

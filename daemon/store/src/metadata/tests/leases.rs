@@ -62,3 +62,47 @@ async fn a_lease_holds_what_is_made_and_found_under_it() {
         );
     }
 }
+
+#[tokio::test]
+async fn a_long_list_goes_with_its_lease_and_not_with_the_next_of_its_name() {
+    let World { db, kv, dir } = world();
+    let (leases, scope) = (db.leases(), scope("n"));
+    let resource = |n: u32| Resource {
+        id: format!("image-{n}"),
+        kind: "images".into(),
+    };
+    let fill = async |count: u32| {
+        leases.create(&scope, "long", Labels::new()).await.unwrap();
+        for n in 0..count {
+            leases.add(&scope, "long", resource(n)).await.unwrap();
+        }
+    };
+    let list = crate::metadata::keys::resources(&scope.namespace, "long").prefix();
+    let listed = || kv.scan(&list).unwrap().len();
+    // Several pages of it.
+    fill(700).await;
+    assert_eq!(listed(), 700);
+    leases.delete(&scope, "long").await.unwrap();
+    assert_eq!(listed(), 0);
+
+    // One that was cut off leaves a list without a lease: the next of its name does not get it.
+    fill(700).await;
+    let cut_off = db.inner.update(|change| {
+        super::super::leases::remove(change, &scope, "long");
+        Ok(())
+    });
+    cut_off.await.unwrap();
+    assert_eq!(listed(), 700);
+    fill(1).await;
+    assert_eq!(leases.resources(&scope, "long").unwrap(), [resource(0)]);
+
+    // And a start takes it off.
+    let cut_off = db.inner.update(|change| {
+        super::super::leases::remove(change, &scope, "long");
+        Ok(())
+    });
+    cut_off.await.unwrap();
+    let db = open(&kv, dir.path(), SharingPolicy::Shared);
+    db.reconcile().await.unwrap();
+    assert_eq!(listed(), 0);
+}
