@@ -34,6 +34,7 @@ pub(crate) struct Pprof {
 
 /// What to ask for.
 #[derive(Debug, Subcommand)]
+#[allow(clippy::enum_variant_names, reason = "the reference's names")]
 enum Profile {
     /// What a lighterd is doing: requests in flight, tasks, threads, and what each waits for
     Report,
