@@ -210,7 +210,7 @@ async fn ended(mut probes: JoinSet<Result<Longest>>) -> Result<Longest> {
 async fn revive(client: Client, size: &Size, half: &Notify) -> Result {
     lease(&client, "revived").await?;
     let client = client.under_lease("revived");
-    let waste = |all: usize, n: usize| (n * 2 + 1) % all | 1;
+    let waste = |all: usize, n: usize| ((n * 2 + 1) % all) | 1;
     let count = REVIVED.min(size.snapshots / 4);
     let mut grown = Vec::new();
     for n in 0..count {
@@ -242,7 +242,6 @@ async fn revive(client: Client, size: &Size, half: &Notify) -> Result {
         let lower = lower.ok_or_else(|| anyhow::anyhow!("no parent in {options:?}"))?;
         assert!(std::path::Path::new(lower).is_dir(), "{lower}");
     }
-    println!("{} of {count} snapshots were still there", grown.len());
     Ok(())
 }
 

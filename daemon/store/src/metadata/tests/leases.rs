@@ -77,7 +77,7 @@ async fn a_long_list_goes_with_its_lease_and_not_with_the_next_of_its_name() {
             leases.add(&scope, "long", resource(n)).await.unwrap();
         }
     };
-    let list = crate::metadata::keys::resources(&scope.namespace, "long").prefix();
+    let list = keys::resources(&scope.namespace, "long").prefix();
     let listed = || kv.scan(&list).unwrap().len();
     // Several pages of it.
     fill(700).await;
