@@ -203,7 +203,15 @@ fn be_born(lower: &Path, life: &Path, groups: &[PathBuf]) -> io::Error {
 
 fn build(lower: &Path, life: &Path, groups: &[PathBuf]) -> io::Result<()> {
     for group in groups {
-        fs::write(group.join("cgroup.procs"), "0")?;
+        // One thread that moves itself needs no lock of the whole machine: 20 µs instead of a grace
+        // period of RCU, which is 15 ms when nobody else moved just before. Version 2 has no such file.
+        let alone = group.join("tasks");
+        let entry = if alone.exists() {
+            alone
+        } else {
+            group.join("cgroup.procs")
+        };
+        fs::write(entry, "0")?;
     }
     nix::unistd::setsid()?;
     let none: Option<&str> = None;
