@@ -70,7 +70,8 @@ impl<S: AsyncWrite + Unpin> Outgoing<S> {
         }
         // An idle connection keeps no buffer.
         self.buffer = BytesMut::new();
-        Poll::Ready(Ok(()))
+        // What encrypts may hold records back when the socket is full.
+        Pin::new(&mut self.stream).poll_flush(cx)
     }
 }
 
@@ -192,5 +193,26 @@ where
             Poll::Ready(Err(error)) => Poll::Ready(Err(error.into())),
             Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufWriter, duplex};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stream_that_holds_back_is_made_to_write() {
+        let (ours, mut theirs) = duplex(64);
+        let mut stream = Gathering::new(BufWriter::new(ours));
+        let driver = stream.drive(std::future::pending::<io::Result<()>>());
+        stream.write_all(b"answer").await.expect("taken");
+        let mut answer = [0; 6];
+        tokio::select! {
+            ended = driver => panic!("the driver ended: {ended:?}"),
+            read = theirs.read_exact(&mut answer) => assert_eq!(read.expect("an answer"), 6),
+        }
+        assert_eq!(&answer, b"answer");
     }
 }
