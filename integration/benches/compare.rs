@@ -3,7 +3,8 @@
 //! Rounds are interleaved, so that what else the machine does falls on all alike. A row is the
 //! median with the 10th and 90th percentile; the last columns divide containerd's median by ours
 //! (or ours by containerd's where more is better), so above 1 is always in our favour.
-//! `BENCH=name` runs the rows whose name contains it; `ROUNDS=n` scales the work.
+//! `BENCH=name` runs the rows whose name contains it; `ROUNDS=n` scales the work; `ONLY_OURS=1`
+//! leaves containerd out, for a profile.
 
 use std::collections::HashMap;
 use std::fs;
@@ -19,6 +20,7 @@ mod report;
 
 use prost::Message as _;
 use report::lean::Lean;
+use report::life::Life;
 use report::{memory, millis, wanted};
 
 /// A daemon with the way its containers are run.
@@ -46,6 +48,9 @@ async fn contenders() -> Result<Vec<Contender>> {
         ("lighter", Subject::Lighter, None),
     ];
     for (name, subject, options) in variants {
+        if subject == Subject::Containerd && std::env::var_os("ONLY_OURS").is_some() {
+            continue;
+        }
         // Debug logs are not what anybody runs with.
         let quiet = Options {
             log_level: Some("warn"),
@@ -72,16 +77,12 @@ impl Contender {
         Lean::connect(&self.daemon.address(), self.daemon.namespace())
     }
 
-    /// prepare, create, start, wait, delete of `true`.
-    async fn lifecycle(&self, id: &str) -> Result {
-        let spec = Spec::new(self.daemon.namespace(), id, &["true"]);
-        let container = self.create(id, &spec).await?;
-        self.client.create_task(&container, None).await?;
-        self.client.start(id, "").await?;
-        self.client.wait(id, "").await?;
-        self.client.delete_task(id).await?;
-        self.client.delete(&container).await?;
-        Ok(())
+    fn life(&self) -> Life<'_> {
+        Life {
+            top: &self.top,
+            namespace: self.daemon.namespace(),
+            options: self.options.clone(),
+        }
     }
 
     async fn create(&self, id: &str, spec: &Spec) -> Result<lighter_integration::Container> {
@@ -120,9 +121,8 @@ async fn starts(all: &[Contender]) -> Result {
         "ms",
         30,
         async |c, round| {
-            let begun = Instant::now();
-            c.lifecycle(&format!("one-{round}")).await?;
-            Ok(millis(begun))
+            let steps = c.life().live(&mut c.lean()?, &format!("one-{round}"))?;
+            Ok(steps.iter().sum())
         },
     )
     .await?;
@@ -133,16 +133,22 @@ async fn starts(all: &[Contender]) -> Result {
         5,
         async |c, round| {
             let begun = Instant::now();
-            let ids: Vec<_> = (0..40).map(|n| format!("many-{round}-{n}")).collect();
-            let workers = ids.chunks(5).map(async |chunk| -> Result {
-                for id in chunk {
-                    c.lifecycle(id).await?;
-                }
-                Ok(())
-            });
-            for done in futures::future::join_all(workers).await {
-                done?;
-            }
+            std::thread::scope(|scope| {
+                let workers: Vec<_> = (0..8)
+                    .map(|worker| {
+                        scope.spawn(move || -> Result {
+                            let (life, mut lean) = (c.life(), c.lean()?);
+                            for n in 0..5 {
+                                life.live(&mut lean, &format!("many-{round}-{worker}-{n}"))?;
+                            }
+                            Ok(())
+                        })
+                    })
+                    .collect();
+                workers
+                    .into_iter()
+                    .try_for_each(|worker| worker.join().expect("no worker panics"))
+            })?;
             Ok(40.0 / begun.elapsed().as_secs_f64())
         },
     )

@@ -13,8 +13,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context as _, bail, ensure};
-use lighter_integration::{Client, Daemon, Image, Options, Result, Spec, Subject, built};
+use lighter_integration::{Daemon, Image, Options, Result, Spec, Subject, built};
 
+use report::lean::Lean;
+use report::life::{Life, STEPS};
 use report::{Row, millis, rounds, say, wanted};
 
 /// Set in the copy of this program that compares OCI runtimes.
@@ -56,21 +58,8 @@ impl Floor {
 struct Contender {
     name: &'static str,
     daemon: Daemon,
-    client: Client,
     top: String,
 }
-
-const STEPS: [&str; 9] = [
-    "prepare",
-    "create container",
-    "mounts",
-    "create task",
-    "start",
-    "wait",
-    "delete task",
-    "delete container",
-    "remove snapshot",
-];
 
 impl Contender {
     async fn new(name: &'static str, subject: Subject) -> Result<Self> {
@@ -83,93 +72,21 @@ impl Contender {
         let image = Image::busybox("docker.io/test/busybox:latest")?;
         client.store(&image).await?;
         let top = client.unpack(&image, "overlayfs").await?;
-        Ok(Self {
-            name,
-            daemon,
-            client,
-            top,
-        })
+        Ok(Self { name, daemon, top })
+    }
+
+    fn lean(&self) -> Result<Lean> {
+        Lean::connect(&self.daemon.address(), self.daemon.namespace())
     }
 
     /// One life, with the milliseconds of every step.
-    async fn steps(&self, id: &str) -> Result<Vec<f64>> {
-        use lighter_proto::containerd::services as svc;
-        let spec = Spec::new(self.daemon.namespace(), id, &["true"]);
-        let mut times = Vec::with_capacity(STEPS.len());
-        let mut last = Instant::now();
-        let mut lap = || {
-            let now = Instant::now();
-            times.push((now - last).as_secs_f64() * 1e3);
-            last = now;
+    fn steps(&self, lean: &mut Lean, id: &str) -> Result<[f64; STEPS.len()]> {
+        let life = Life {
+            top: &self.top,
+            namespace: self.daemon.namespace(),
+            options: None,
         };
-        let mut snapshots = self.client.snapshots();
-        snapshots
-            .prepare(svc::snapshots::v1::PrepareSnapshotRequest {
-                snapshotter: "overlayfs".into(),
-                key: id.into(),
-                parent: self.top.clone(),
-                ..Default::default()
-            })
-            .await?;
-        lap();
-        let container = svc::containers::v1::Container {
-            id: id.into(),
-            runtime: Some(svc::containers::v1::container::Runtime {
-                name: "io.containerd.runc.v2".into(),
-                options: None,
-            }),
-            spec: Some(lighter_proto::any::pack_json(
-                lighter_proto::any::SPEC,
-                &spec.0,
-            )?),
-            snapshotter: "overlayfs".into(),
-            snapshot_key: id.into(),
-            ..Default::default()
-        };
-        self.client
-            .containers()
-            .create(svc::containers::v1::CreateContainerRequest {
-                container: Some(container),
-            })
-            .await?;
-        lap();
-        let mounts = snapshots
-            .mounts(svc::snapshots::v1::MountsRequest {
-                snapshotter: "overlayfs".into(),
-                key: id.into(),
-            })
-            .await?
-            .into_inner()
-            .mounts;
-        lap();
-        self.client
-            .tasks()
-            .create(svc::tasks::v1::CreateTaskRequest {
-                container_id: id.into(),
-                rootfs: mounts,
-                ..Default::default()
-            })
-            .await?;
-        lap();
-        self.client.start(id, "").await?;
-        lap();
-        self.client.wait(id, "").await?;
-        lap();
-        self.client.delete_task(id).await?;
-        lap();
-        self.client
-            .containers()
-            .delete(svc::containers::v1::DeleteContainerRequest { id: id.into() })
-            .await?;
-        lap();
-        snapshots
-            .remove(svc::snapshots::v1::RemoveSnapshotRequest {
-                snapshotter: "overlayfs".into(),
-                key: id.into(),
-            })
-            .await?;
-        lap();
-        Ok(times)
+        life.live(lean, id)
     }
 }
 
@@ -192,10 +109,14 @@ async fn daemons() -> Result {
         .iter()
         .map(|step| Row::new(step, "ms", names.iter().copied()))
         .collect();
+    let mut leans = all
+        .iter()
+        .map(Contender::lean)
+        .collect::<Result<Vec<_>>>()?;
     for round in 0..rounds(40) {
         let low = floor.live()?;
-        for c in &all {
-            let steps = c.steps(&format!("s{round}")).await?;
+        for (c, lean) in all.iter().zip(&mut leans) {
+            let steps = c.steps(lean, &format!("s{round}"))?;
             let sum: f64 = steps.iter().sum();
             for (row, time) in rows.iter_mut().zip(steps) {
                 row.add(c.name, time);

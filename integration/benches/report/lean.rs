@@ -197,12 +197,36 @@ impl Lean {
 
     /// Calls a method and reads its answer to the end: how many bytes of messages came.
     pub(crate) fn call(&mut self, method: &str, message: &impl Message) -> Result<usize> {
+        self.answer(method, message, |_| {})
+    }
+
+    /// Calls a method that has one answer.
+    pub(crate) fn ask<M: Message + Default>(
+        &mut self,
+        method: &str,
+        message: &impl Message,
+    ) -> Result<M> {
+        let mut framed = Vec::new();
+        self.answer(method, message, |bytes| framed.extend_from_slice(bytes))?;
+        // One byte says that it is not compressed, four how long it is.
+        Ok(M::decode(framed.get(5..).unwrap_or_default())?)
+    }
+
+    fn answer(
+        &mut self,
+        method: &str,
+        message: &impl Message,
+        mut each: impl FnMut(&[u8]),
+    ) -> Result<usize> {
         self.request(method, &message.encode_to_vec());
         self.flush()?;
         let mut bytes = 0;
         loop {
             match self.event()? {
-                Event::Data(_, length) => bytes += length,
+                Event::Data(_, length) => {
+                    bytes += length;
+                    each(&self.read[self.begin - length..self.begin]);
+                }
                 Event::End(_) => break,
                 Event::Window(..) => {}
             }

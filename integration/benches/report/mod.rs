@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each benchmark uses what it needs")]
 
 pub(crate) mod lean;
+pub(crate) mod life;
 
 use std::fs;
 use std::time::Instant;
