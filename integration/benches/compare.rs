@@ -54,6 +54,7 @@ async fn contenders() -> Result<Vec<Contender>> {
         // Debug logs are not what anybody runs with.
         let quiet = Options {
             log_level: Some("warn"),
+            state_in_memory: true,
             ..Options::default()
         };
         let daemon = Daemon::start_with(subject, &quiet).await?;
@@ -472,6 +473,7 @@ async fn run() -> Result {
 }
 
 fn main() -> Result {
+    report::as_booted()?;
     // cargo passes --bench; nothing else is understood.
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -53,6 +53,7 @@ async fn contenders() -> Result<Vec<Contender>> {
             network: true,
             config: config.to_owned(),
             log_level: Some("warn"),
+            state_in_memory: true,
             subject: Some(subject),
             ..Settings::default()
         };
@@ -381,6 +382,7 @@ async fn run() -> Result {
 }
 
 fn main() -> Result {
+    report::as_booted()?;
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?

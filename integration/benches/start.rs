@@ -65,6 +65,7 @@ impl Contender {
     async fn new(name: &'static str, subject: Subject) -> Result<Self> {
         let quiet = Options {
             log_level: Some("warn"),
+            state_in_memory: true,
             ..Options::default()
         };
         let daemon = Daemon::start_with(subject, &quiet).await?;
@@ -154,7 +155,9 @@ impl Runtimes {
             ("runc", PathBuf::from("/usr/sbin/runc")),
             ("lighter-oci", built("lighter-oci")),
         ];
-        let dir = tempfile::Builder::new().prefix("bench-oci-").tempdir()?;
+        let dir = tempfile::Builder::new()
+            .prefix("bench-oci-")
+            .tempdir_in("/run")?;
         let root = dir.path().join("bundle/rootfs");
         for below in ["bin", "proc", "dev", "sys", "run", "etc"] {
             fs::create_dir_all(root.join(below))?;
@@ -238,6 +241,7 @@ fn oci() -> Result {
 }
 
 fn main() -> Result {
+    report::as_booted()?;
     if std::env::var_os(OCI_ONLY).is_some() {
         return oci();
     }

@@ -29,6 +29,8 @@ pub struct Options {
     pub log_level: Option<&'static str>,
     /// Size of a filesystem of its own for the daemon's root, in MiB.
     pub root_mib: Option<u32>,
+    /// Whether the state directory is in memory, as `/run` is on a system that was booted.
+    pub state_in_memory: bool,
     /// Folder before all others in the daemon's `PATH`: shims are found there first.
     pub path: Option<PathBuf>,
     /// Whether CRI is served.
@@ -39,6 +41,16 @@ pub struct Options {
     pub env: Vec<(&'static str, PathBuf)>,
     /// Folder of the daemon's program and its shim, in place of this build's.
     pub bin_dir: Option<PathBuf>,
+}
+
+/// Directories of a daemon that may be file systems of their own.
+const OWN_MOUNTS: [&str; 2] = ["root", "state"];
+
+fn mount_tmpfs(at: &Path, data: &str) -> Result<()> {
+    fs::create_dir(at)?;
+    let flags = nix::mount::MsFlags::empty();
+    nix::mount::mount(Some("tmpfs"), at, Some("tmpfs"), flags, Some(data))
+        .with_context(|| format!("mount a tmpfs on {}", at.display()))
 }
 
 /// A running daemon and everything that belongs to it.
@@ -96,17 +108,10 @@ impl Daemon {
         );
         fs::write(dir.join("config.toml"), config)?;
         if let Some(size) = options.root_mib {
-            let root = dir.join("root");
-            fs::create_dir(&root)?;
-            let size = format!("size={size}m");
-            let flags = nix::mount::MsFlags::empty();
-            nix::mount::mount(
-                Some("tmpfs"),
-                &root,
-                Some("tmpfs"),
-                flags,
-                Some(size.as_str()),
-            )?;
+            mount_tmpfs(&dir.join("root"), &format!("size={size}m"))?;
+        }
+        if options.state_in_memory {
+            mount_tmpfs(&dir.join("state"), "mode=0755")?;
         }
         let mut daemon = Self {
             subject,
@@ -303,8 +308,8 @@ impl Daemon {
         let left = eventually("nothing is left", async || {
             let mut left = leftovers::find(&self.dir, &self.namespace);
             let own = self.child.as_ref().map(Child::id);
-            let root = format!("mount {}", self.dir.join("root").display());
-            left.retain(|line| *line != root);
+            let own_mounts = OWN_MOUNTS.map(|at| format!("mount {}", self.dir.join(at).display()));
+            left.retain(|line| !own_mounts.contains(line));
             left.retain(|line| !(line.starts_with("process ") && leftovers::is_warm(line)));
             left.retain(|line| own.is_none_or(|pid| !line.starts_with(&format!("process {pid}:"))));
             Ok(left.is_empty().then_some(()))
@@ -321,9 +326,10 @@ impl Daemon {
             );
         }
         self.stop().await?;
-        let root = self.dir.join("root");
-        if leftovers::mounts(&root).contains(&root) {
-            nix::mount::umount(&root)?;
+        for own in OWN_MOUNTS.map(|at| self.dir.join(at)) {
+            if leftovers::mounts(&own).contains(&own) {
+                nix::mount::umount(&own)?;
+            }
         }
         // Shims that waited to be used end by themselves.
         let gone = eventually("nothing is left", async || {

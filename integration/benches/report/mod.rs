@@ -1,4 +1,4 @@
-//! What the benchmarks print: medians with spread, and ratios to the first contender.
+//! What the benchmarks have in common: how they run, and what they print.
 #![allow(dead_code, reason = "each benchmark uses what it needs")]
 
 pub(crate) mod lean;
@@ -77,6 +77,19 @@ impl Row {
         }
         say(&line);
     }
+}
+
+/// Puts `/run` in memory, where a system that was booted has it: for this process and its children.
+///
+/// To be called while there is one thread.
+pub(crate) fn as_booted() -> Result {
+    use nix::mount::{MsFlags, mount};
+    let none = None::<&str>;
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    let data = Some("mode=0755");
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), data)?;
+    Ok(())
 }
 
 #[allow(clippy::print_stdout, reason = "the report is the product")]

@@ -25,6 +25,8 @@ pub struct Settings {
     pub config: String,
     /// Level of the daemon's log.
     pub log_level: Option<&'static str>,
+    /// Whether the state directory is in memory.
+    pub state_in_memory: bool,
     /// Another subject than the run's.
     pub subject: Option<Subject>,
 }
@@ -91,6 +93,7 @@ impl Node {
                 tables = settings.config,
             ),
             log_level: settings.log_level,
+            state_in_memory: settings.state_in_memory,
             ..Options::default()
         };
         let daemon = Daemon::start_with(subject, &options).await?;
