@@ -129,6 +129,26 @@ async fn a_command_that_takes_too_long_is_killed() -> Result {
     node.finish().await
 }
 
+/// Probes are such commands: they end before whoever started them has had a look.
+#[tokio::test]
+async fn the_shortest_commands_have_the_oom_score_of_their_container() -> Result {
+    let node = Node::start().await?;
+    let pod = node.run_pod("short").await?;
+    let mut config = node.idle("main");
+    let linux = config.linux.get_or_insert_default();
+    linux.resources.get_or_insert_default().oom_score_adj = 900;
+    let id = node.cri.run(&pod, &config).await?;
+    let some = |_| async {
+        for _ in 0..25 {
+            let done = node.cri.exec(&id, &["cat", "/proc/self/oom_score_adj"]);
+            assert_eq!(done.await?.stdout, b"900\n");
+        }
+        lighter_integration::Result::<()>::Ok(())
+    };
+    futures::future::try_join_all((0..8).map(some)).await?;
+    node.finish().await
+}
+
 #[tokio::test]
 async fn streams_carry_output_and_exit_codes_over_every_protocol() -> Result {
     let node = Node::start().await?;

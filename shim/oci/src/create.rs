@@ -370,7 +370,7 @@ impl Creation<'_> {
     /// What only the parent can do to the new process.
     fn set_from_outside(&self, pid: i32, channel: &Channel, systemd: bool) -> Result<()> {
         if let Some(adjustment) = self.process.oom_score_adj {
-            write_oom_score(pid, adjustment)?;
+            identity::set_oom_score(&pid.to_string(), adjustment)?;
         }
         let foreign_user = self.namespaces.separate(libc::CLONE_NEWUSER);
         if self.namespaces.has_new(libc::CLONE_NEWUSER) {
@@ -472,11 +472,6 @@ impl Creation<'_> {
             memory_policy: self.linux.memory_policy.clone(),
         }
     }
-}
-
-pub(crate) fn write_oom_score(pid: i32, adjustment: i32) -> Result<()> {
-    fs::write(format!("/proc/{pid}/oom_score_adj"), adjustment.to_string())
-        .context(|| format!("write /proc/{pid}/oom_score_adj ({adjustment})"))
 }
 
 pub(crate) fn check_stdio(process: &Process, stdio: &Stdio) -> Result<()> {

@@ -8,7 +8,7 @@ use rustix::fs::{Mode, OFlags};
 use crate::cgroup::Entry;
 use crate::channel::{Channel, Message};
 use crate::container::{Container, open_init};
-use crate::create::{check_stdio, pass_listener, write_oom_score};
+use crate::create::{check_stdio, pass_listener};
 use crate::error::{Context, Error, Result};
 use crate::init::join::{Join, cpu_list};
 use crate::init::{identity, never_return};
@@ -68,9 +68,6 @@ impl Joining<'_> {
         let namespaces = self.foreign_namespaces()?;
         let user_namespace = namespaces & libc::CLONE_NEWUSER != 0;
         let child = self.clone_process(init, namespaces, &parent_end, child_end)?;
-        if let Some(adjustment) = process.oom_score_adj {
-            write_oom_score(child.pid, adjustment)?;
-        }
         if user_namespace {
             identity::set_rlimits(child.pid, process)?;
             parent_end.send(Message::Go(child.pid))?;

@@ -151,6 +151,12 @@ pub(crate) fn set_labels(process: &Process) -> Result<()> {
     Ok(())
 }
 
+/// Sets how soon the kernel kills `whom` (a process id, or `self`) when memory runs out. `proc` is the host's.
+pub(crate) fn set_oom_score(whom: &str, adjustment: i32) -> Result<()> {
+    let path = format!("/proc/{whom}/oom_score_adj");
+    fs::write(&path, adjustment.to_string()).context(|| format!("write {path} ({adjustment})"))
+}
+
 /// Gives the standard streams to the process's user, so that it can reopen them through /proc/self/fd.
 fn own_stdio(uid: u32) {
     for number in 0..3 {

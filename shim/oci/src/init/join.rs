@@ -67,8 +67,12 @@ impl Join<'_> {
         if let Some(affinity) = &self.final_affinity {
             rustix::thread::sched_setaffinity(None, affinity).context(|| "set CPU affinity")?;
         }
-        // Through procfs while it is the host's: written now, in force at the exec.
+        // Through procfs while it is the host's: labels are written now, in force at the exec.
         identity::set_labels(self.process)?;
+        // Not by the parent, who does not hold the program back: it may run, and end, before it is written.
+        if let Some(adjustment) = self.process.oom_score_adj {
+            identity::set_oom_score("self", adjustment)?;
+        }
         if self.namespaces != 0 {
             sys::setns(self.init.as_fd(), self.namespaces)
                 .context(|| "join the container's namespaces")?;
