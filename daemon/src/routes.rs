@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use lighter_cri::image::ImageEdge;
 use lighter_cri::plugin::Gate;
-use lighter_cri::runtime::RuntimeEdge;
 use lighter_engine::differ::Differs;
 use lighter_engine::gc::Collector;
 use lighter_engine::mounts::Mounts;
@@ -29,7 +28,6 @@ use lighter_proto::containerd::services::transfer::v1::transfer_server::Transfer
 use lighter_proto::containerd::services::version::v1::version_server::VersionServer;
 use lighter_proto::lighter::disk::v1::disk_server::DiskServer;
 use lighter_proto::runtime::v1::image_service_server::ImageServiceServer;
-use lighter_proto::runtime::v1::runtime_service_server::RuntimeServiceServer;
 use lighter_store::metadata::Db;
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
@@ -39,6 +37,7 @@ use crate::plugin::Graph;
 use crate::plugin::builtins::kind;
 use crate::services::containers::ContainersEdge;
 use crate::services::content::{ContentService, Reads};
+use crate::services::cri::CriEdge;
 use crate::services::diff::DiffService;
 use crate::services::disk::DiskService;
 use crate::services::events::EventsService;
@@ -172,10 +171,6 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits, graph: &Grap
 /// `routes` and both services of CRI.
 pub(crate) fn with_cri(routes: Routes, gate: Arc<Gate>, limits: MessageLimits) -> Routes {
     routes
-        .add_service(limited!(
-            limits,
-            RuntimeServiceServer,
-            RuntimeEdge(Arc::clone(&gate))
-        ))
+        .add_service(CriEdge::new(Arc::clone(&gate), limits))
         .add_service(limited!(limits, ImageServiceServer, ImageEdge(gate)))
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod containers;
 pub(crate) mod content;
+pub(crate) mod cri;
 pub(crate) mod diff;
 pub(crate) mod disk;
 pub(crate) mod encoded;

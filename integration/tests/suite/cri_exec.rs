@@ -143,7 +143,7 @@ async fn the_shortest_commands_have_the_oom_score_of_their_container() -> Result
             let done = node.cri.exec(&id, &["cat", "/proc/self/oom_score_adj"]);
             assert_eq!(done.await?.stdout, b"900\n");
         }
-        lighter_integration::Result::<()>::Ok(())
+        Result::<()>::Ok(())
     };
     futures::future::try_join_all((0..8).map(some)).await?;
     node.finish().await

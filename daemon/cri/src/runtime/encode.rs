@@ -1,4 +1,4 @@
-//! Pods and containers as the kubelet reads them; lists and their filters.
+//! Pods and containers as the kubelet reads them, one by one.
 
 use std::collections::HashMap;
 
@@ -54,35 +54,16 @@ impl Plugin {
         }
     }
 
-    /// Pods that match.
-    pub(super) fn pods(&self, filter: Option<api::PodSandboxFilter>) -> Vec<api::PodSandbox> {
-        let filter = filter.unwrap_or_default();
-        let pods = self.store.visible_pods();
-        let matching = pods.iter().filter(|pod| {
-            pod.id.starts_with(&filter.id) && selected(&pod.config.labels, &filter.label_selector)
-        });
-        let encoded = matching.map(|pod| {
-            let (state, created_at) = pod.brief();
-            api::PodSandbox {
-                id: pod.id.clone(),
-                metadata: pod.config.metadata.clone(),
-                state: state.into(),
-                created_at: time::to_nanos(created_at),
-                labels: pod.config.labels.clone(),
-                annotations: pod.config.annotations.clone(),
-                runtime_handler: pod.handler.clone(),
-            }
-        });
-        encoded
-            .filter(|p| filter.state.is_none_or(|s| s.state == p.state))
-            .collect()
-    }
-
     fn image_of(&self, container: &Container) -> (String, String) {
         self.images.titles(&container.image_id).unwrap_or_else(|| {
             let asked = container.config.image.as_ref().map(|i| i.image.clone());
             (asked.unwrap_or_default(), container.image_id.clone())
         })
+    }
+
+    /// What a container's image is known by.
+    pub(super) fn image_ref_of(&self, container: &Container) -> String {
+        self.image_of(container).1
     }
 
     /// A container's status.
@@ -119,38 +100,5 @@ impl Plugin {
             user: Some(container.user.clone()),
             stop_signal: config.stop_signal,
         }
-    }
-
-    /// Containers that match.
-    pub(super) fn containers(&self, filter: Option<api::ContainerFilter>) -> Vec<api::Container> {
-        let filter = filter.unwrap_or_default();
-        let containers = self.store.all_containers();
-        let matching = containers.iter().filter(|container| {
-            container.id.starts_with(&filter.id)
-                && container.pod_id.starts_with(&filter.pod_sandbox_id)
-                && selected(&container.config.labels, &filter.label_selector)
-        });
-        let encoded = matching.filter_map(|container| {
-            let (state, created_at) = container.brief();
-            let state: i32 = state.into();
-            if filter.state.is_some_and(|s| s.state != state) {
-                return None;
-            }
-            let config = &container.config;
-            let (_, image_ref) = self.image_of(container);
-            Some(api::Container {
-                id: container.id.clone(),
-                pod_sandbox_id: container.pod_id.clone(),
-                metadata: config.metadata.clone(),
-                image: config.image.clone(),
-                image_ref,
-                state,
-                created_at: time::to_nanos(created_at),
-                labels: config.labels.clone(),
-                annotations: config.annotations.clone(),
-                image_id: container.image_id.clone(),
-            })
-        });
-        encoded.collect()
     }
 }

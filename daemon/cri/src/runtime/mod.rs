@@ -11,6 +11,7 @@ mod exec;
 mod files;
 mod info;
 mod labels;
+mod lists;
 mod metrics;
 mod network;
 mod output;

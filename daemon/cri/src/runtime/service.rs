@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures::stream::BoxStream;
 use lighter_proto::errdefs::into_status;
 use lighter_proto::runtime::v1 as api;
@@ -15,18 +16,49 @@ use crate::plugin::{Gate, deadline, owned};
 #[derive(Debug, Clone)]
 pub struct RuntimeEdge(pub Arc<Gate>);
 
+impl RuntimeEdge {
+    /// The bytes of what `ListPodSandbox` answers.
+    ///
+    /// # Errors
+    /// `Unavailable` until CRI is ready.
+    #[allow(clippy::result_large_err, reason = "tonic's own error")]
+    pub fn list_pods(&self, request: api::ListPodSandboxRequest) -> Result<Bytes, Status> {
+        Ok(self.0.plugin()?.list_pods(request.filter))
+    }
+
+    /// The bytes of what `ListContainers` answers.
+    ///
+    /// # Errors
+    /// `Unavailable` until CRI is ready.
+    #[allow(clippy::result_large_err, reason = "tonic's own error")]
+    pub fn list_containers(&self, request: api::ListContainersRequest) -> Result<Bytes, Status> {
+        Ok(self.0.plugin()?.list_containers(request.filter))
+    }
+}
+
 /// What a streamed call answers.
 type Items<T> = BoxStream<'static, Result<T, Status>>;
 
-/// Writes the service: work of a unary call goes on to its end even when its caller hangs up; a
-/// stream begins at once.
+/// Writes the service: what only reads memory is answered at once; work of another unary call goes on
+/// to its end even when its caller hangs up; a stream begins at once.
 macro_rules! serve {
     (
+        reads { $($read:ident($question:ident) -> $reply:ident: $reader:ident;)* }
         unary { $($unary:ident($ask:ident) -> $answer:ident: $group:ident;)* }
         streams { $($stream:ident($of:ident) -> $item:ident as $kind:ident: $from:ident;)* }
     ) => {
         #[tonic::async_trait]
         impl RuntimeService for RuntimeEdge {
+            $(
+                async fn $read(
+                    &self,
+                    request: Request<api::$question>,
+                ) -> Result<Response<api::$reply>, Status> {
+                    let plugin = Arc::clone(self.0.plugin()?);
+                    let answer = $reader::$read(plugin, request.into_inner()).await;
+                    answer.map(Response::new).map_err(into_status)
+                }
+            )*
             $(
                 async fn $unary(
                     &self,
@@ -55,8 +87,14 @@ macro_rules! serve {
 }
 
 serve! {
-    unary {
+    reads {
         version(VersionRequest) -> VersionResponse: status;
+        pod_sandbox_status(PodSandboxStatusRequest) -> PodSandboxStatusResponse: pods;
+        list_pod_sandbox(ListPodSandboxRequest) -> ListPodSandboxResponse: pods;
+        container_status(ContainerStatusRequest) -> ContainerStatusResponse: containers;
+        list_containers(ListContainersRequest) -> ListContainersResponse: containers;
+    }
+    unary {
         status(StatusRequest) -> StatusResponse: status;
         update_runtime_config(UpdateRuntimeConfigRequest) -> UpdateRuntimeConfigResponse: status;
         runtime_config(RuntimeConfigRequest) -> RuntimeConfigResponse: status;
@@ -64,15 +102,11 @@ serve! {
         run_pod_sandbox(RunPodSandboxRequest) -> RunPodSandboxResponse: pods;
         stop_pod_sandbox(StopPodSandboxRequest) -> StopPodSandboxResponse: pods;
         remove_pod_sandbox(RemovePodSandboxRequest) -> RemovePodSandboxResponse: pods;
-        pod_sandbox_status(PodSandboxStatusRequest) -> PodSandboxStatusResponse: pods;
-        list_pod_sandbox(ListPodSandboxRequest) -> ListPodSandboxResponse: pods;
 
         create_container(CreateContainerRequest) -> CreateContainerResponse: containers;
         start_container(StartContainerRequest) -> StartContainerResponse: containers;
         stop_container(StopContainerRequest) -> StopContainerResponse: containers;
         remove_container(RemoveContainerRequest) -> RemoveContainerResponse: containers;
-        container_status(ContainerStatusRequest) -> ContainerStatusResponse: containers;
-        list_containers(ListContainersRequest) -> ListContainersResponse: containers;
         reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse: containers;
 
         exec_sync(ExecSyncRequest) -> ExecSyncResponse: exec;

@@ -83,6 +83,14 @@ impl Timers {
         done
     }
 
+    /// Does `work` that cannot fail, and notes how long it took.
+    pub(crate) fn time_now<T>(&self, name: &'static str, work: impl FnOnce() -> T) -> T {
+        let begun = Instant::now();
+        let done = work();
+        self.note(name, "", begun.elapsed());
+        done
+    }
+
     pub(crate) fn note(&self, name: &'static str, runtime: &str, took: Duration) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let one = all.entry((name, runtime.to_owned())).or_default();

@@ -10,6 +10,7 @@ use tonic::Status;
 use super::{batches, seconds};
 use crate::error::{Error, Result};
 use crate::plugin::Plugin;
+use crate::runtime::lists::read_back;
 
 pub(in crate::runtime) async fn create_container(
     this: Arc<Plugin>,
@@ -84,16 +85,14 @@ pub(in crate::runtime) async fn list_containers(
     this: Arc<Plugin>,
     request: api::ListContainersRequest,
 ) -> Result<api::ListContainersResponse> {
-    let listing = async { Ok(this.containers(request.filter)) };
-    let containers = this.timers.time("container_list", "", listing).await?;
-    Ok(api::ListContainersResponse { containers })
+    read_back(this.list_containers(request.filter))
 }
 
 pub(in crate::runtime) async fn stream_containers(
     this: Arc<Plugin>,
     request: api::StreamContainersRequest,
 ) -> Result<BoxStream<'static, Result<api::StreamContainersResponse, Status>>> {
-    let listing = async { Ok(this.containers(request.filter)) };
+    let listing = async { this.containers(request.filter) };
     let items = this
         .timers
         .time("stream_container_list", "", listing)

@@ -10,6 +10,7 @@ use tonic::Status;
 use super::batches;
 use crate::error::{Error, Result};
 use crate::plugin::Plugin;
+use crate::runtime::lists::read_back;
 
 pub(in crate::runtime) async fn run_pod_sandbox(
     this: Arc<Plugin>,
@@ -66,16 +67,14 @@ pub(in crate::runtime) async fn list_pod_sandbox(
     this: Arc<Plugin>,
     request: api::ListPodSandboxRequest,
 ) -> Result<api::ListPodSandboxResponse> {
-    let listing = async { Ok(this.pods(request.filter)) };
-    let items = this.timers.time("sandbox_list", "", listing).await?;
-    Ok(api::ListPodSandboxResponse { items })
+    read_back(this.list_pods(request.filter))
 }
 
 pub(in crate::runtime) async fn stream_pod_sandboxes(
     this: Arc<Plugin>,
     request: api::StreamPodSandboxesRequest,
 ) -> Result<BoxStream<'static, Result<api::StreamPodSandboxesResponse, Status>>> {
-    let listing = async { Ok(this.pods(request.filter)) };
+    let listing = async { this.pods(request.filter) };
     let items = this.timers.time("stream_sandbox_list", "", listing).await?;
     Ok(batches(&items, |pod_sandboxes| {
         api::StreamPodSandboxesResponse { pod_sandboxes }
