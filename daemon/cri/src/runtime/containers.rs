@@ -175,14 +175,15 @@ impl Plugin {
         snapshotter: &str,
     ) -> Result<Arc<Container>> {
         let dir = self.container_root(id);
-        tokio::fs::create_dir_all(&dir)
-            .await
-            .map_err(io("create", &dir))?;
         let scope = self.scope.with_lease(&pod.id);
         let snapshots = self.db.snapshots(snapshotter)?;
         let parent = image.chain_id.as_deref();
         let labels = crate::userns::snapshot_labels(pod.namespace_options());
-        let rootfs = snapshots.prepare(&scope, id, parent, labels).await?;
+        // The container's record, which is waited for, follows the snapshot's.
+        let prepared = snapshots.prepare_ahead(&scope, id, parent, labels);
+        let (made, prepared) = tokio::join!(tokio::fs::create_dir_all(&dir), prepared);
+        made.map_err(io("create", &dir))?;
+        let (rootfs, _with_the_record) = prepared?;
         let stop_signal = stop_signal(&config, &image.process.stop_signal)?;
         let mut volumes = self.mount_images(pod, &mut config, snapshotter).await?;
         let declared = self.declared_volumes(id, &config, image, &rootfs);
@@ -371,11 +372,12 @@ impl Plugin {
         }
         let record = self.db.containers().get(&self.scope, &container.id)?;
         let snapshots = self.db.snapshots(&container.snapshotter)?;
-        let rootfs = snapshots.mounts(&self.scope, &container.id).await?;
         let runtime = task_runtime(self.handler(&pod.handler)?);
+        let rootfs = snapshots.mounts(&self.scope, &container.id);
+        let (rootfs, stdio) = tokio::join!(rootfs, self.stdio(container, &runtime));
         let task = CreateTask {
-            rootfs,
-            stdio: self.stdio(container, &runtime).await?,
+            rootfs: rootfs?,
+            stdio: stdio?,
             runtime,
             ..CreateTask::of(&record)
         };

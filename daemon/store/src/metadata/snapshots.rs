@@ -14,6 +14,7 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use lighter_kv::Durable;
 use lighter_proto::containerd::events::SnapshotRemove;
 use lighter_snapshotter::{
     self as driver, CommitOptions, Info, Kind, LabelUpdate, Mount, Snapshotter, Usage,
@@ -226,6 +227,26 @@ impl Snapshots {
         parent: Option<&str>,
         labels: Labels,
     ) -> Result<Vec<Mount>, Error> {
+        let made = self.prepare_ahead(scope, key, parent, labels).await?;
+        made.1.wait().await?;
+        Ok(made.0)
+    }
+
+    /// [`Snapshots::prepare`] for who writes a record of his own next: what is made here is durable when
+    /// that record is, or when the ticket says so.
+    ///
+    /// # Errors
+    /// As [`Snapshots::prepare`].
+    ///
+    /// # Cancellation
+    /// The call goes on.
+    pub async fn prepare_ahead(
+        &self,
+        scope: &Scope,
+        key: &str,
+        parent: Option<&str>,
+        labels: Labels,
+    ) -> Result<(Vec<Mount>, Durable), Error> {
         self.make(scope, Kind::Active, key, parent, labels).await
     }
 
@@ -243,7 +264,9 @@ impl Snapshots {
         parent: Option<&str>,
         labels: Labels,
     ) -> Result<Vec<Mount>, Error> {
-        self.make(scope, Kind::View, key, parent, labels).await
+        let made = self.make(scope, Kind::View, key, parent, labels).await?;
+        made.1.wait().await?;
+        Ok(made.0)
     }
 
     /// Runs `work` to its end, even when the caller goes away.

@@ -1,5 +1,6 @@
 //! Prepare and View: look, let the driver make, record; or adopt what a lazy driver has already.
 
+use lighter_kv::Durable;
 use lighter_proto::containerd::events::SnapshotPrepare;
 use lighter_proto::errdefs::{Classify, ErrorKind, WireError};
 use lighter_snapshotter::{self as driver, Kind, Mount};
@@ -43,7 +44,7 @@ impl Snapshots {
         key: &str,
         parent: Option<&str>,
         mut labels: Labels,
-    ) -> Result<Vec<Mount>, Error> {
+    ) -> Result<(Vec<Mount>, Durable), Error> {
         require_name("key", key)?;
         labels::check(&labels)?;
         labels::drop_empty(&mut labels);
@@ -59,7 +60,7 @@ impl Snapshots {
             .await
     }
 
-    async fn make_now(&self, make: &Make) -> Result<Vec<Mount>, Error> {
+    async fn make_now(&self, make: &Make) -> Result<(Vec<Mount>, Durable), Error> {
         let namespace = &make.scope.namespace;
         let _locks = self.lock(namespace, &make.key, make.target()).await;
         let _parent = make.parent.as_deref().map(|p| self.pin(namespace, p));
@@ -89,12 +90,14 @@ impl Snapshots {
         };
         let recorded = self
             .inner
-            .update(|change| self.record_made(change, make, &backend, parent.as_ref()))
-            .await;
-        if recorded.is_err() {
-            self.undo(&backend).await;
+            .apply(|change| self.record_made(change, make, &backend, parent.as_ref()));
+        match recorded {
+            Ok(((), durable)) => Ok((mounts, durable)),
+            Err(error) => {
+                self.undo(&backend).await;
+                Err(error)
+            }
         }
-        recorded.map(|()| mounts)
     }
 
     /// Removes what the driver made for a call that failed afterwards.
