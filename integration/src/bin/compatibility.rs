@@ -7,7 +7,8 @@
 //! shows there even where no other client calls it.
 //!
 //! Further clients are named by environment variables, because Debian has none of them:
-//! `UPSTREAM_CTR` (containerd 2.x's ctr) and `CRICTL`.
+//! `UPSTREAM_CTR` (containerd 2.x's ctr), `CRICTL`, and `BUILDKIT`, the folder of buildkitd and
+//! buildctl.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -73,6 +74,9 @@ async fn main() -> Result {
     }
     if Engine::is_installed() {
         columns.push(docker().await?);
+    }
+    if let Some(folder) = std::env::var_os("BUILDKIT") {
+        columns.push(buildkit(Path::new(&folder)).await?);
     }
     if let Some(program) = std::env::var_os("CRICTL") {
         columns.push(crictl(Path::new(&program)).await?);
@@ -254,16 +258,16 @@ async fn command_line(name: &str, program: &Path, transfers: bool) -> Result<Col
 }
 
 fn attempt(ctr: &Cli, args: &[&str], failed: &mut Vec<String>) -> Result {
+    let removal = args.starts_with(&["tasks", "rm"]);
     let mut output = ctr.run(args)?;
     // Our ctr exits with the code of the task that it removed, which was killed.
-    if output.code == 137 && args.starts_with(&["tasks", "rm"]) {
-        return Ok(());
-    }
-    if output.code != 0 && args.starts_with(&["tasks", "rm"]) {
+    let done = |code| code == 0 || removal && code == 137;
+    if removal && !done(output.code) {
+        // It may not have ended yet.
         std::thread::sleep(Duration::from_millis(300));
         output = ctr.run(args)?;
     }
-    if output.code != 0 {
+    if !done(output.code) {
         failed.push(format!(
             "`{}` exits with {}: {}",
             args.join(" "),
@@ -316,6 +320,91 @@ async fn docker() -> Result<Column> {
     drop(daemon);
     Ok(Column {
         name: "dockerd (Debian, 20.10)".to_owned(),
+        calls,
+        failed,
+    })
+}
+
+/// BuildKit with its containerd worker: a build, the same one from its cache, what is kept of it.
+async fn buildkit(folder: &Path) -> Result<Column> {
+    let (daemon, metrics) = daemon(None).await?;
+    let registry = Registry::start().await?;
+    let base = registry.push(&Image::busybox("x")?, "library/busybox", "1")?;
+    let host = base.split('/').next().unwrap_or_default();
+    let dir = daemon.dir().join("buildkit");
+    std::fs::create_dir(&dir)?;
+    let config = dir.join("buildkitd.toml");
+    std::fs::write(&config, format!("[registry.{host:?}]\n  http = true\n"))?;
+    let context = dir.join("context");
+    std::fs::create_dir(&context)?;
+    std::fs::write(context.join("note"), "text")?;
+    std::fs::write(
+        context.join("Dockerfile"),
+        format!("FROM {base}\nCOPY note /note\nRUN cat /note > /seen\n"),
+    )?;
+    let before = counters(&metrics)?;
+    let address = format!("unix://{}", dir.join("sock").display());
+    let log = std::fs::File::create(dir.join("log"))?;
+    let mut server = Command::new(folder.join("buildkitd"))
+        .args(["--addr", &address, "--oci-worker=false"])
+        .arg("--config")
+        .arg(&config)
+        .arg("--root")
+        .arg(dir.join("root"))
+        .arg("--containerd-worker-addr")
+        .arg(daemon.address())
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("start buildkitd")?;
+    let context = context.display().to_string();
+    let (sources, file) = (
+        format!("context={context}"),
+        format!("dockerfile={context}"),
+    );
+    let pushed = format!("type=image,name={host}/test/built:1,push=true");
+    let saved = format!("type=oci,dest={}", dir.join("out.tar").display());
+    let build = [
+        "build",
+        "--progress=plain",
+        "--frontend=dockerfile.v0",
+        "--local",
+        &sources,
+    ];
+    let build = [&build[..], &["--local", &file, "--output"]].concat();
+    let script = [
+        vec!["debug", "workers"],
+        [&build[..], &[&pushed]].concat(),
+        [&build[..], &[&saved]].concat(),
+        vec!["du"],
+        vec!["prune", "--all"],
+    ];
+    let mut failed = Vec::new();
+    for arguments in &script {
+        let output = Command::new("timeout")
+            .args(["--signal=KILL", "60"])
+            .arg(folder.join("buildctl"))
+            // It has to come up first.
+            .args(["--timeout", "20", "--wait", "--addr", &address])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()?;
+        if !output.status.success() {
+            failed.push(format!(
+                "`buildctl {}`: {}",
+                arguments.join(" "),
+                String::from_utf8_lossy(&output.stderr).trim()
+            ));
+        }
+    }
+    let calls = since(&before, counters(&metrics)?);
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(server.id())?);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+    server.wait()?;
+    drop(daemon);
+    Ok(Column {
+        name: "buildkitd".to_owned(),
         calls,
         failed,
     })
