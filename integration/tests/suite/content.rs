@@ -138,6 +138,26 @@ async fn an_ingest_resumes_where_it_stopped() -> Result {
 }
 
 #[tokio::test]
+async fn a_reopened_ingest_tells_the_times_that_its_writer_was_told() -> Result {
+    let daemon = Daemon::start().await?;
+    let client = daemon.client().await?;
+    for round in 0..20 {
+        let name = format!("times-{round}");
+        let (mut session, _) = Session::open(&client, &name).await?;
+        let write = request(api::WriteAction::Write, &name, 0, b"data");
+        let wrote = session.send(write).await?;
+        drop(session);
+        let (_, found) = lighter_integration::eventually("the lock is free", async || {
+            Ok(Session::open(&client, &name).await.ok())
+        })
+        .await?;
+        assert_eq!(found.started_at, wrote.started_at);
+        assert_eq!(found.updated_at, wrote.updated_at);
+    }
+    daemon.finish().await
+}
+
+#[tokio::test]
 async fn a_wrong_digest_or_size_commits_nothing() -> Result {
     let daemon = Daemon::start().await?;
     let client = daemon.client().await?;

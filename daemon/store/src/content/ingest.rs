@@ -246,9 +246,21 @@ impl Ingest for LocalIngest {
     }
 }
 
+/// Who finds the ingest later, or the blob it became, sees the time that its writer was told: the
+/// one that the filesystem keeps is that of its last tick.
+impl Drop for LocalIngest {
+    fn drop(&mut self) {
+        let at = self.status.updated_at;
+        let times = FileTimes::new().set_accessed(at).set_modified(at);
+        if let Err(error) = self.file.set_times(times) {
+            tracing::warn!(%error, reference = self.status.reference, "times of an ingest");
+        }
+    }
+}
+
 /// The part of a commit that follows the sync of the data. Holds the ref's lock to its end.
 fn finish(
-    ingest: LocalIngest,
+    mut ingest: LocalIngest,
     hasher: &Hasher,
     size_bytes: u64,
     expected: Option<&Digest>,
@@ -300,11 +312,7 @@ fn finish(
     {
         tracing::warn!(%error, %digest, "sync of the blob's directory");
     }
-    let now = SystemTime::now();
-    let times = FileTimes::new().set_accessed(now).set_modified(now);
-    if let Err(error) = ingest.file.set_times(times) {
-        tracing::warn!(%error, %digest, "times of a blob");
-    }
+    ingest.status.updated_at = SystemTime::now();
     if let Err(error) = fs::remove_dir_all(&ingest.directory) {
         tracing::warn!(%error, %digest, "removal of a finished ingest");
     }
