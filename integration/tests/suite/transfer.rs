@@ -111,6 +111,65 @@ async fn import(client: &Client, archive: &[u8], round: u32, to: Any) -> Result<
     Ok(tokio::time::timeout(std::time::Duration::from_secs(20), events).await??)
 }
 
+/// From stream to stream: clients try this way whether streams work.
+#[tokio::test]
+async fn what_an_import_brings_an_export_takes_unchanged() -> Result {
+    let daemon = Daemon::start().await?;
+    let client = daemon.client().await?;
+    if !client.is_recent().await? {
+        return daemon.finish().await;
+    }
+    for (round, length) in [0, 1, 200_000].into_iter().enumerate() {
+        let (from, to) = (format!("from-{round}"), format!("to-{round}"));
+        let (data, mut window) = open(&client, &from).await?;
+        let (grant, mut back) = open(&client, &to).await?;
+        let sent: Vec<u8> = (0..length).map(|n: u32| n.to_le_bytes()[0]).collect();
+        let feed = sent.clone();
+        let feeder = tokio::spawn(async move {
+            let mut granted = 0;
+            for piece in feed.chunks(10_000) {
+                while granted < piece.len() {
+                    let Ok(Some(message)) = window.message().await else {
+                        return;
+                    };
+                    let update: types::WindowUpdate = any::unpack(&message).expect("an update");
+                    granted += usize::try_from(update.update).unwrap_or_default();
+                }
+                granted -= piece.len();
+                let message = types::Data {
+                    data: piece.to_vec(),
+                };
+                let _ = data.send(any::pack(&message)).await;
+            }
+            drop(data);
+            while let Ok(Some(_)) = window.message().await {}
+        });
+        let taker = tokio::spawn(async move {
+            let mut got = Vec::new();
+            let window = any::pack(&types::WindowUpdate { update: 1 << 20 });
+            let _ = grant.send(window).await;
+            while let Ok(Some(message)) = back.message().await {
+                if let Ok(data) = any::unpack::<types::Data>(&message) {
+                    got.extend(data.data);
+                }
+            }
+            got
+        });
+        let source = any::pack(&types::ImageImportStream {
+            stream: from,
+            ..Default::default()
+        });
+        let destination = any::pack(&types::ImageExportStream {
+            stream: to,
+            ..Default::default()
+        });
+        transfer(&client, source, destination, "").await?;
+        assert!(taker.await? == sent, "{length} bytes came back changed");
+        feeder.await?;
+    }
+    daemon.finish().await
+}
+
 #[tokio::test]
 async fn the_same_archive_is_imported_again_and_again() -> Result {
     let daemon = Daemon::start().await?;

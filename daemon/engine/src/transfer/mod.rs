@@ -41,7 +41,7 @@ pub use self::pull::{Pull, Pulled, PulledManifest, UnpackRequest};
 pub use self::verifier::VerifierConfig;
 use crate::image::{Locks, Platform, Snapshotters, Tracker, Unpacker};
 use crate::registry::Registry;
-use crate::streaming::{Stream, Streams};
+use crate::streaming::{Stream, Streams, bytes};
 
 /// A platform and snapshotter that clients may ask to unpack for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -176,6 +176,7 @@ impl Transfer {
             (Source::Store(from), Destination::Store(to)) => {
                 self.tag(scope, &from, &to, tracker).await
             }
+            (Source::Import(from), Destination::Export(to)) => echo(from.stream, to.stream).await,
             (source, destination) => Err(Error::Pair {
                 from: source.to_string(),
                 to: destination.to_string(),
@@ -192,4 +193,14 @@ impl Transfer {
     pub fn stream(&self, namespace: &Namespace, id: &str) -> Result<Stream, Error> {
         Ok(self.inner.streams.take(namespace, id)?)
     }
+}
+
+/// Sends back what comes, as it is: clients try their streams this way.
+async fn echo(from: Stream, to: Stream) -> Result<(), Error> {
+    let mut from = bytes::Reader::new(from);
+    let mut to = bytes::Writer::new(to);
+    while let Some(piece) = from.next().await? {
+        to.write(&piece).await?;
+    }
+    Ok(())
 }
