@@ -8,6 +8,7 @@ pub mod app;
 pub(crate) mod config;
 pub(crate) mod cri;
 pub(crate) mod differs;
+pub(crate) mod hook;
 pub(crate) mod memory;
 pub(crate) mod plugin;
 pub(crate) mod publish;
@@ -84,6 +85,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<()> {
             )?;
             publish::publish(&address, namespace, topic)
         }
+        Some(Command::OciHook { program }) => Err(hook::run(program)),
         Some(Command::Config { command }) => {
             let table = match command {
                 ConfigCommand::Default => toml::Table::new(),

@@ -60,6 +60,13 @@ pub(crate) enum Command {
         #[arg(long)]
         topic: String,
     },
+    /// Provides a base for OCI runtime hooks to allow arguments to be injected
+    OciHook {
+        /// Program and arguments, with {{id}}, {{bundle}}, {{rootfs}}, {{pid}}, {{status}} and
+        /// {{annotation "KEY"}} in them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        program: Vec<OsString>,
+    },
 }
 
 /// Subcommands of `config`.
@@ -75,10 +82,15 @@ pub(crate) enum ConfigCommand {
 
 /// Arguments with Go's single-dash long flags (`-address x`) spelled the way clap reads them.
 pub(crate) fn go_flags(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut ours = true;
     args.into_iter()
         .map(|arg| match arg.to_str() {
+            Some("--") => {
+                ours = false;
+                arg
+            }
             Some(text)
-                if text.len() > 2 && text.starts_with('-') && !text.starts_with("--")
+                if ours && text.len() > 2 && text.starts_with('-') && !text.starts_with("--")
                     // `-lDEBUG` stays a short flag with a value: only whole names are long.
                     && LONG.contains(&text[1..].split('=').next().unwrap_or_default()) =>
             {
@@ -137,5 +149,12 @@ mod tests {
         ]);
         assert_eq!(cli.address.as_deref(), Some("/x"));
         assert!(parse(&["lighterd", "-v"]).version);
+        let cli = parse(&[
+            "lighterd", "oci-hook", "--", "/p", "-topic", "{{pid}}", "--", "-a",
+        ]);
+        let Some(Command::OciHook { program }) = cli.command else {
+            panic!("not a hook");
+        };
+        assert_eq!(program, ["/p", "-topic", "{{pid}}", "--", "-a"]);
     }
 }
