@@ -371,6 +371,12 @@ impl Kept {
         started(&self.directory)
     }
 
+    /// Whether somebody else deleted the container.
+    #[must_use]
+    pub fn is_deleted(&self) -> bool {
+        !self.directory.has_record()
+    }
+
     /// [`Container::delete`] of a stopped container, if that takes no waiting: `false` if it would (its control group is
     /// still busy, or it has poststop hooks, or systemd is to be asked). What was removed until then stays so.
     ///

@@ -3,7 +3,7 @@
 //! | entry | content |
 //! |---|---|
 //! | the directory | mode 0700; its `flock` is the container's lock |
-//! | `state.json` | [`Record`], replaced by rename; absent until the process exists |
+//! | `state.json` | [`Record`] and what runc needs, replaced by rename; absent until the process exists |
 //! | `exec.fifo` | init reads its process id (4 bytes) from it to start; absent once started |
 //! | `start.err` | why init failed after the start; empty if it did not |
 //!
@@ -102,6 +102,100 @@ pub(crate) struct Record {
     pub(crate) personality: Option<Personality>,
     #[serde(default)]
     pub(crate) memory_policy: Option<MemoryPolicy>,
+}
+
+/// The record with what runc keeps in the file of the same name beside it.
+#[derive(Serialize)]
+struct Shared<'a> {
+    #[serde(flatten)]
+    record: &'a Record,
+    #[serde(flatten)]
+    runc: RuncState<'a>,
+}
+
+/// As much of runc's state as its `list`, `state`, `kill`, `pause`, `resume`, `ps` and `delete` need: who
+/// cleans up below a root with runc can do so whichever of both made the container.
+/// Upstream: opencontainers/runc, libcontainer, `State`
+#[derive(Serialize)]
+struct RuncState<'a> {
+    init_process_pid: i32,
+    init_process_start: u64,
+    config: RuncConfig<'a>,
+    cgroup_paths: HashMap<&'a str, &'a Path>,
+}
+
+#[derive(Serialize)]
+struct RuncConfig<'a> {
+    rootfs: &'a Path,
+    namespaces: Vec<RuncNamespace>,
+    cgroups: RuncCgroup<'a>,
+    labels: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct RuncNamespace {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    path: &'static str,
+}
+
+/// `memory` belongs to the limits, of which runc wants to see at least one.
+#[derive(Serialize)]
+struct RuncCgroup<'a> {
+    path: &'a str,
+    memory: i64,
+}
+
+/// runc's names of namespaces.
+const RUNC_NAMESPACES: [(i32, &str); 8] = [
+    (libc::CLONE_NEWNS, "NEWNS"),
+    (libc::CLONE_NEWPID, "NEWPID"),
+    (libc::CLONE_NEWNET, "NEWNET"),
+    (libc::CLONE_NEWIPC, "NEWIPC"),
+    (libc::CLONE_NEWUTS, "NEWUTS"),
+    (libc::CLONE_NEWUSER, "NEWUSER"),
+    (libc::CLONE_NEWCGROUP, "NEWCGROUP"),
+    (libc::CLONE_NEWTIME, "NEWTIME"),
+];
+
+impl<'a> RuncState<'a> {
+    fn of(record: &'a Record) -> Self {
+        let cgroup_paths = match &record.group {
+            Some(Group::Legacy { directories, .. }) => directories
+                .iter()
+                .flat_map(|directory| {
+                    let names = directory.controllers.iter();
+                    names.map(|name| (name.as_str(), directory.path.as_path()))
+                })
+                .collect(),
+            Some(Group::Unified { path }) => HashMap::from([("", path.as_path())]),
+            None => HashMap::new(),
+        };
+        let namespaces = RUNC_NAMESPACES
+            .iter()
+            .filter(|(flag, _)| record.namespaces & flag != 0)
+            .map(|&(_, kind)| RuncNamespace { kind, path: "" })
+            .collect();
+        let annotations = record.annotations.iter();
+        let labels = annotations
+            .map(|(key, value)| format!("{key}={value}"))
+            .chain([format!("bundle={}", record.bundle.display())])
+            .collect();
+        Self {
+            init_process_pid: record.pid,
+            init_process_start: record.pid_start,
+            config: RuncConfig {
+                rootfs: &record.rootfs,
+                namespaces,
+                cgroups: RuncCgroup {
+                    path: "",
+                    memory: 0,
+                },
+                labels,
+            },
+            cgroup_paths,
+        }
+    }
 }
 
 impl Record {
@@ -277,7 +371,11 @@ impl Directory {
 
     /// Replaces the record. Not synced to disk: containers do not outlive a power cut either.
     pub(crate) fn write(&self, record: &Record) -> Result<()> {
-        let text = serde_json::to_vec(record).expect("a record is plain data");
+        let shared = Shared {
+            record,
+            runc: RuncState::of(record),
+        };
+        let text = serde_json::to_vec(&shared).expect("a record is plain data");
         let what = || format!("write {}", self.path.join(STATE_FILE).display());
         let temporary = self.path.join("state.new");
         let mut options = fs::File::options();
@@ -332,6 +430,10 @@ impl Directory {
         let length = rustix::io::read(&file, &mut text).ok()?;
         text.truncate(length);
         (!text.is_empty()).then(|| String::from_utf8_lossy(&text).into_owned())
+    }
+
+    pub(crate) fn has_record(&self) -> bool {
+        rustix::fs::statat(&self.fd, STATE_FILE, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
     pub(crate) fn waits_for_start(&self) -> bool {

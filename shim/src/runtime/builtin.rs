@@ -453,6 +453,10 @@ impl OciRuntime for BuiltinRuntime {
                 Fault::Other => failed("unknown error after kill", &failure),
             });
         }
+        // Somebody may have deleted it by the runtime's command line; its exit is on its way then.
+        if self.kept().is_some_and(|kept| kept.is_deleted()) {
+            return Err(Error::NotFound("container does not exist".to_owned()));
+        }
         // Init is our child and not reaped, or the state would say so: its pid is its own.
         let number = signal.cast_unsigned();
         sys::kill(self.init.load(Ordering::Relaxed), number).map_err(|error| {
