@@ -102,6 +102,25 @@ pub(crate) fn unmount(rootfs: &Path) {
     }
 }
 
+/// Whether the uppermost file system at `rootfs` lies on a loop device: its file may be copied or mounted anew as soon
+/// as the container is gone, so it must be complete by then.
+pub(crate) fn is_on_loop(rootfs: &Path) -> bool {
+    /// Spec: Linux, Documentation/admin-guide/devices.txt
+    const LOOP_MAJOR: u32 = 7;
+    rustix::fs::lstat(rootfs).is_ok_and(|found| rustix::fs::major(found.st_dev) == LOOP_MAJOR)
+}
+
+/// [`unmount`] in a worker, as it may take its time.
+pub(crate) async fn unmount_apart(reaper: &Reaper, rootfs: &Path) {
+    let done = worker::call(reaper, || {
+        unmount(rootfs);
+        Ok(Answer::default())
+    });
+    if let Err(error) = done.await {
+        tracing::warn!(%error, path = %rootfs.display(), "cannot unmount");
+    }
+}
+
 /// Takes everything off `rootfs`, for everybody to see. What the file systems do when their last mount goes is done when
 /// what is returned is dropped: an overlay has all of the file system below it written to disk.
 pub(crate) fn detach(rootfs: &Path) -> Vec<OwnedFd> {

@@ -2,8 +2,54 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use lighter_snapshotter::Mount;
+
+/// Major number of loop devices. Spec: Linux, Documentation/admin-guide/devices.txt
+const MAJOR: u32 = 7;
+/// How long the last users of a file system may take to let go of it, and how often that is looked at.
+const FREED: (Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(1));
+
+/// A loop device that frees itself, and the file that is behind it.
+#[derive(Debug)]
+pub(super) struct Freeing {
+    directory: PathBuf,
+    file: String,
+}
+
+impl Freeing {
+    /// What the file system at `point` lies on, if the device goes with it.
+    pub(super) fn below(point: &Path) -> Option<Self> {
+        let device = rustix::fs::stat(point).ok()?.st_dev;
+        if rustix::fs::major(device) != MAJOR {
+            return None;
+        }
+        let minor = rustix::fs::minor(device);
+        let directory = PathBuf::from(format!("/sys/dev/block/{MAJOR}:{minor}/loop"));
+        let told = |name: &str| std::fs::read_to_string(directory.join(name)).ok();
+        if told("autoclear")?.trim() != "1" {
+            return None;
+        }
+        let file = told("backing_file")?;
+        Some(Self { directory, file })
+    }
+
+    /// Waits until the device let go of the file: whoever mounts the file before that has two file systems that do not
+    /// know of each other on the same bytes.
+    pub(super) fn wait(&self) {
+        let (longest, pause) = FREED;
+        let end = Instant::now() + longest;
+        let file = self.directory.join("backing_file");
+        while std::fs::read_to_string(&file).is_ok_and(|now| now == self.file) {
+            if Instant::now() > end {
+                tracing::warn!(file = self.file.trim(), "still used through a loop device");
+                return;
+            }
+            std::thread::sleep(pause);
+        }
+    }
+}
 
 /// Attaches the file and leaves a link to its device at `point`.
 ///

@@ -502,7 +502,11 @@ fn clear(path: &Path) -> Result<(), String> {
         if loopdev::detach(&point)? {
             continue;
         }
+        let device = loopdev::Freeing::below(&point);
         unmount_all(&point).map_err(|e| render(&e))?;
+        if let Some(device) = device {
+            device.wait();
+        }
         // Only ever an empty directory: what a mount hid must not be followed by a removal.
         std::fs::remove_dir(&point).map_err(|e| format!("remove {}: {e}", point.display()))?;
     }
