@@ -7,9 +7,11 @@
 //!           │                  │ StartFailed ▶ Created       │
 //!           └──────exit────────┴────────(held)───────────────┴──▶ Stopped ──Delete──▶ gone
 //! exec:  Created ──Start──▶ Starting ──Started──▶ Running ──exit──▶ Stopped ──Delete──▶ gone
-//!                              └─StartFailed──────────────────────────▲
+//!                              └─StartFailed ▶ Failed ──Delete───────────────────────────▲
 //! ```
 //!
+//! * An exec whose start failed never ran: it still counts as created, as with containerd's shims, but
+//!   who waits for it is answered.
 //! * An exit that arrives while its start is under way is held until the start is announced.
 //! * The exit of init is held until every exec that runs or starts has ended; from the moment init
 //!   is known to be gone nothing more starts in the container.
@@ -44,6 +46,8 @@ pub(crate) enum Phase {
     Running,
     /// Ended; the exit is readable and announced.
     Stopped,
+    /// An exec that could not be started; `exit` is for those who wait.
+    Failed,
 }
 
 /// Whether the container's processes are frozen.
@@ -79,7 +83,7 @@ pub(crate) struct Process {
     pub(crate) phase: Phase,
     /// Pid on the host; 0 before there is one.
     pub(crate) pid: u32,
-    /// How it ended, once `Stopped`.
+    /// How it ended, once `Stopped` or `Failed`.
     pub(crate) exit: Option<Exit>,
     /// An exit seen but not announced yet.
     held: Option<Exit>,
@@ -204,7 +208,7 @@ impl Container {
     pub(crate) fn status(&self, who: Option<&str>) -> Option<Status> {
         let process = self.process(who)?;
         Some(match (process.phase, self.freeze) {
-            (Phase::Created | Phase::Starting, _) => Status::Created,
+            (Phase::Created | Phase::Starting | Phase::Failed, _) => Status::Created,
             (Phase::Stopped, _) => Status::Stopped,
             (Phase::Running, Freeze::No) => Status::Running,
             (Phase::Running, Freeze::Pausing) => Status::Pausing,
@@ -249,8 +253,8 @@ impl Container {
                 if is_init {
                     process.phase = Phase::Created;
                 } else {
-                    // It never ran: it ends without an announcement.
-                    process.phase = Phase::Stopped;
+                    // It never ran: nothing is announced.
+                    process.phase = Phase::Failed;
                     process.exit = Some(process.held.take().unwrap_or(Exit {
                         status: UNKNOWN_STATUS,
                         at,
@@ -296,7 +300,8 @@ impl Container {
     }
 
     fn exec_add(&mut self, id: String) -> Result<Vec<Effect>, Refusal> {
-        if self.init_gone() {
+        // Until its exit is announced init counts as running; a start is refused then.
+        if self.init.phase == Phase::Stopped {
             return refuse("cannot exec in a stopped state");
         }
         if self.freeze != Freeze::No {
@@ -332,7 +337,7 @@ impl Container {
         match process.phase {
             Phase::Created => {}
             Phase::Starting | Phase::Running => return refuse("cannot start a running process"),
-            Phase::Stopped => return refuse("cannot start a stopped process"),
+            Phase::Stopped | Phase::Failed => return refuse("cannot start a stopped process"),
         }
         if !init_runs {
             return refuse(format!("container {container} init process is not running"));
@@ -348,7 +353,7 @@ impl Container {
         let is_init = who.is_none();
         let frozen = self.freeze != Freeze::No;
         let process = self.known(who)?;
-        if process.held.is_some() || process.phase == Phase::Stopped {
+        if process.held.is_some() || matches!(process.phase, Phase::Stopped | Phase::Failed) {
             return Err(Refusal::Finished);
         }
         process.held = Some(exit);
@@ -415,7 +420,7 @@ impl Container {
         let freeze = self.freeze;
         let process = self.known(who)?;
         match process.phase {
-            Phase::Created | Phase::Stopped => {}
+            Phase::Created | Phase::Stopped | Phase::Failed => {}
             Phase::Starting => return refuse("cannot delete a running process"),
             Phase::Running if freeze == Freeze::Paused => {
                 return refuse("cannot delete a paused process");

@@ -219,6 +219,8 @@ impl Task {
         let missing = || Refusal::NoExec(exec.clone().unwrap_or_default());
         let process = inner.machine.process(exec.as_deref()).ok_or_else(missing)?;
         let status = inner.machine.status(exec.as_deref()).ok_or_else(missing)?;
+        // Of an exec that could not be started nobody is told an exit.
+        let exit = process.exit.filter(|_| process.phase == Phase::Stopped);
         let stdio = match exec.as_deref() {
             None => self.io.stdio(),
             Some(id) => &inner.execs.get(id).ok_or_else(missing)?.stdio,
@@ -233,8 +235,8 @@ impl Task {
             stdout: stdio.stdout.clone(),
             stderr: stdio.stderr.clone(),
             terminal: stdio.terminal,
-            exit_status: process.exit.map_or(0, |exit| exit.status),
-            exited_at: process.exit.map(|exit| to_timestamp(exit.at)),
+            exit_status: exit.map_or(0, |exit| exit.status),
+            exited_at: exit.map(|exit| to_timestamp(exit.at)),
             exec_id: exec.unwrap_or_default(),
         })
     }
@@ -345,7 +347,11 @@ impl Task {
         for io in execs.into_iter().filter_map(|(_, data)| data.io) {
             io.close().await;
         }
-        let ending = mount::detach(&self.bundle.join("rootfs"));
+        let rootfs = self.bundle.join("rootfs");
+        if mount::is_on_loop(&rootfs) {
+            mount::unmount_apart(&self.core.reaper, &rootfs).await;
+        }
+        let ending = mount::detach(&rootfs);
         let exit = self
             .locked()
             .machine

@@ -87,6 +87,8 @@ pub(crate) struct ProcessIo {
     stdio: Stdio,
     copies: TaskTracker,
     stop: CancellationToken,
+    /// Cancelled when nobody reads input any more; clients may keep their end of it open for ever.
+    input_over: CancellationToken,
     /// Output is copied from when this is cancelled on: a runtime that fails writes its complaint to
     /// the process's stderr too, and the client has that as the call's error already.
     started: CancellationToken,
@@ -108,10 +110,12 @@ impl ProcessIo {
     /// # Errors
     /// `InvalidArgument` for a URI that means nothing; `Io` for one that cannot be opened.
     pub(crate) async fn open(stdio: &Stdio, context: &Context<'_>) -> Result<(Self, ChildStdio)> {
+        let stop = CancellationToken::new();
         let io = Self {
             stdio: stdio.clone(),
             copies: TaskTracker::new(),
-            stop: CancellationToken::new(),
+            input_over: stop.child_token(),
+            stop,
             started: CancellationToken::new(),
             stdin_keeper: Mutex::new(None),
             terminal: Mutex::new(None),
@@ -176,9 +180,11 @@ impl ProcessIo {
         let (process, ours) = pipe::pair(context.owner)?;
         let ours = pipe::watch(ours)?;
         let reader = pipe::watch(reader)?;
+        let over = self.input_over.clone();
         self.copy(async move {
             // The end of input reaches the process when our end of its pipe is dropped here.
-            pipe::splice(&reader, &ours).await
+            let copied = over.run_until_cancelled(pipe::splice(&reader, &ours));
+            copied.await.unwrap_or(Ok(()))
         });
         Ok(process)
     }
@@ -398,8 +404,9 @@ impl ProcessIo {
         self.copies.close();
     }
 
-    /// Waits until all output was copied, at most `limit`.
+    /// Waits until all output was copied, at most `limit`; input ends at once.
     pub(crate) async fn drained(&self, limit: Duration) {
+        self.input_over.cancel();
         self.finish();
         if tokio::time::timeout(limit, self.copies.wait())
             .await

@@ -77,7 +77,23 @@ fn nothing_starts_once_init_is_gone() {
 }
 
 #[test]
-fn a_failed_exec_start_ends_without_an_announcement() {
+fn an_exec_is_registered_while_inits_exit_is_held_and_cannot_start() {
+    let mut container = running();
+    for id in ["e", "f"] {
+        container.apply(Input::ExecAdd(id.into())).unwrap();
+    }
+    container.apply(Input::Start(exec("e"))).unwrap();
+    container.apply(Input::Exited(None, exit(137))).unwrap();
+    assert_eq!(container.status(None), Some(Status::Running));
+    container.apply(Input::ExecAdd("g".into())).unwrap();
+    assert!(container.apply(Input::Start(exec("g"))).is_err());
+    let told = container.apply(Input::StartFailed(exec("e"), UNIX_EPOCH));
+    assert_eq!(told.unwrap(), [Effect::Exited(None, 10, exit(137))]);
+    assert!(container.apply(Input::ExecAdd("h".into())).is_err());
+}
+
+#[test]
+fn a_failed_exec_start_leaves_it_created_and_answers_who_waits() {
     let mut container = running();
     container.apply(Input::ExecAdd("e".into())).unwrap();
     container.apply(Input::Start(exec("e"))).unwrap();
@@ -87,7 +103,9 @@ fn a_failed_exec_start_ends_without_an_announcement() {
             .unwrap(),
         []
     );
-    assert_eq!(container.status(Some("e")), Some(Status::Stopped));
+    assert_eq!(container.status(Some("e")), Some(Status::Created));
+    assert!(container.process(Some("e")).unwrap().exit.is_some());
+    assert!(container.apply(Input::Start(exec("e"))).is_err());
     container.apply(Input::Delete(exec("e"))).unwrap();
 }
 
@@ -168,7 +186,7 @@ proptest! {
                         if who.is_none() {
                             let idle = container
                                 .execs()
-                                .all(|(_, exec)| matches!(exec.phase, Phase::Created | Phase::Stopped));
+                                .all(|(_, exec)| !matches!(exec.phase, Phase::Starting | Phase::Running));
                             prop_assert!(idle);
                         }
                         prop_assert!(seen.exited.insert(who), "exited twice");

@@ -79,12 +79,12 @@ impl Task {
     pub(crate) fn add_exec(self: &Arc<Self>, request: api::ExecProcessRequest) -> Result<()> {
         check_id(&request.exec_id)?;
         let spec = request.spec.map(|any| any.value).unwrap_or_default();
-        if serde_json::from_slice::<serde::de::IgnoredAny>(&spec).is_err() {
+        let Some(spec) = with_terminal(spec, request.terminal) else {
             return Err(Error::InvalidArgument(format!(
                 "exec {}: its spec is not JSON",
                 request.exec_id
             )));
-        }
+        };
         let data = ExecData {
             stdio: Stdio {
                 stdin: request.stdin,
@@ -117,5 +117,40 @@ impl Task {
         }
         let _ = std::fs::remove_file(bundle::exec_pid_file(&self.bundle, &id));
         Ok(deleted(process.pid, process.exit))
+    }
+}
+
+/// The process with `terminal` as the request has it, which is what counts; `None` if it is no
+/// process.
+fn with_terminal(spec: Vec<u8>, terminal: bool) -> Option<Vec<u8>> {
+    #[derive(serde::Deserialize)]
+    struct Said {
+        #[serde(default)]
+        terminal: bool,
+    }
+    let said: Said = serde_json::from_slice(&spec).ok()?;
+    if said.terminal == terminal {
+        return Some(spec);
+    }
+    let mut process: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&spec).ok()?;
+    process.insert("terminal".to_owned(), terminal.into());
+    serde_json::to_vec(&process).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_request_says_whether_there_is_a_terminal() {
+        let same = br#"{ "args": ["a"], "terminal": true }"#.to_vec();
+        assert_eq!(with_terminal(same.clone(), true), Some(same));
+        let set = with_terminal(br#"{"args":["a"]}"#.to_vec(), true).unwrap();
+        let set: serde_json::Value = serde_json::from_slice(&set).unwrap();
+        assert_eq!(set, serde_json::json!({"args": ["a"], "terminal": true}));
+        for wrong in ["", "7", "[]x", r#"{"terminal": "yes"}"#] {
+            assert_eq!(with_terminal(wrong.into(), false), None, "{wrong:?}");
+        }
     }
 }

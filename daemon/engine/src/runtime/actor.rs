@@ -465,11 +465,14 @@ impl Actor {
                             self.wait_at_shim(exec_id);
                         }
                     }
-                    Err(_) => {
-                        if let Some(exit) = seen.and_then(|p| p.exit) {
-                            self.apply(Input::Exited { exec_id, exit });
-                        }
-                    }
+                    Err(_) => match seen.map(|p| (p.status, p.exit)) {
+                        Some((_, Some(exit))) => self.apply(Input::Exited { exec_id, exit }),
+                        Some((Status::Created, None)) => self.apply(Input::Failed {
+                            exec_id,
+                            exit: Exit::unknown(),
+                        }),
+                        _ => {}
+                    },
                 }
                 let _left = reply.send(result.map_err(Error::from));
             }

@@ -168,7 +168,7 @@ impl Handle {
     /// Waits for the end of a process, for ever if need be. Answers at once when it has ended.
     ///
     /// # Errors
-    /// `NotFound` for an unknown exec.
+    /// `NotFound` for an unknown exec; `Unavailable` once the daemon stops, which ends no process.
     ///
     /// # Cancellation
     /// Safe.
@@ -192,8 +192,13 @@ impl Handle {
                 }
             }
             if states.changed().await.is_err() {
-                let last = states.borrow().exit(exec_id);
-                return Ok(last.unwrap_or_else(Exit::unknown));
+                // The last state says so if the task is no more; else its actor let go of it.
+                let last = states.borrow();
+                return match last.exit(exec_id) {
+                    Some(exit) => Ok(exit),
+                    None if last.gone => Ok(Exit::unknown()),
+                    None => Err(Error::Stopping),
+                };
             }
         }
     }
@@ -358,6 +363,7 @@ pub(super) fn process_of(seen: &wire::StateResponse) -> Option<Process> {
             terminal: seen.terminal,
         },
         exit,
+        failed: None,
         announced: false,
     })
 }

@@ -97,6 +97,9 @@ pub struct Process {
     pub stdio: Stdio,
     /// How it ended.
     pub exit: Option<Exit>,
+    /// What those are told who wait for an exec that could not be started: it never ran, and
+    /// counts as created.
+    pub failed: Option<Exit>,
     /// Whether subscribers were told of the end.
     pub announced: bool,
 }
@@ -110,6 +113,7 @@ impl Process {
             status: Status::Created,
             stdio,
             exit: None,
+            failed: None,
             announced: false,
         }
     }
@@ -149,6 +153,8 @@ pub(super) enum Input {
     Started { exec_id: String, pid: u32 },
     /// A process ended.
     Exited { exec_id: String, exit: Exit },
+    /// An exec could not be started.
+    Failed { exec_id: String, exit: Exit },
     /// An exec was made.
     ExecAdded { exec_id: String, stdio: Stdio },
     /// An exec was deleted.
@@ -184,10 +190,10 @@ impl TaskState {
         Some(process)
     }
 
-    /// How the process ended, once it has.
+    /// What who waits for the process is told, once there is something to tell.
     #[must_use]
     pub fn exit(&self, exec_id: &str) -> Option<Exit> {
-        self.raw(exec_id).and_then(|p| p.exit)
+        self.raw(exec_id).and_then(|p| p.exit.or(p.failed))
     }
 
     fn raw(&self, exec_id: &str) -> Option<&Process> {
@@ -218,6 +224,13 @@ impl TaskState {
             Input::Exited { exec_id, exit } => {
                 if let Some(process) = self.raw_mut(&exec_id) {
                     process.ended(exit);
+                }
+            }
+            Input::Failed { exec_id, exit } => {
+                if let Some(process) = self.execs.get_mut(&exec_id)
+                    && process.status == Status::Created
+                {
+                    process.failed.get_or_insert(exit);
                 }
             }
             Input::ExecAdded { exec_id, stdio } => {
@@ -307,6 +320,23 @@ mod tests {
     }
 
     #[test]
+    fn an_exec_that_could_not_be_started_stays_created_and_answers_who_waits() {
+        let mut task = TaskState::created(7, Stdio::default());
+        task.apply(Input::ExecAdded {
+            exec_id: "e".to_owned(),
+            stdio: Stdio::default(),
+        });
+        task.apply(Input::Failed {
+            exec_id: "e".to_owned(),
+            exit: exit(255),
+        });
+        let process = task.process("e").unwrap();
+        assert_eq!((process.status, process.exit), (Status::Created, None));
+        assert_eq!(task.exit("e"), Some(exit(255)));
+        assert_eq!(task.exit(""), None);
+    }
+
+    #[test]
     fn an_exec_of_a_paused_task_is_paused_and_runs_again_with_it() {
         let mut task = TaskState::created(7, Stdio::default());
         for exec_id in ["", "e"] {
@@ -352,6 +382,10 @@ mod tests {
         prop_oneof![
             (id.clone(), 0..9u32).prop_map(|(exec_id, pid)| Input::Started { exec_id, pid }),
             (id.clone(), 0..9u32).prop_map(|(exec_id, n)| Input::Exited {
+                exec_id,
+                exit: exit(n)
+            }),
+            (id.clone(), 0..9u32).prop_map(|(exec_id, n)| Input::Failed {
                 exec_id,
                 exit: exit(n)
             }),
