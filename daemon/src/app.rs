@@ -242,6 +242,7 @@ impl App {
             transfer,
             tracker: tracker.clone(),
             introspection,
+            stop: stop.clone(),
         };
         let routes = routes(engines, config.limits, &graph).await;
         let gate = cri.gate().filter(|_| graph.works(kind::GRPC, "cri"));

@@ -29,6 +29,7 @@ use lighter_proto::containerd::services::version::v1::version_server::VersionSer
 use lighter_proto::lighter::disk::v1::disk_server::DiskServer;
 use lighter_proto::runtime::v1::image_service_server::ImageServiceServer;
 use lighter_store::metadata::Db;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 
@@ -77,6 +78,8 @@ pub(crate) struct Engines {
     pub(crate) tracker: TaskTracker,
     /// What the daemon is made of.
     pub(crate) introspection: IntrospectionService,
+    /// Cancelled when the daemon stops: what would wait for ever ends then.
+    pub(crate) stop: CancellationToken,
 }
 
 /// A service that keeps to the limits of messages.
@@ -104,6 +107,7 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits, graph: &Grap
         transfer,
         tracker,
         introspection,
+        stop,
     } = engines;
     let (health, health_server) = tonic_health::server::health_reporter();
     health
@@ -133,7 +137,11 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits, graph: &Grap
         ControllerServer,
         SandboxController::new(&db, sandboxes)
     );
-    serve!("events", EventsServer, EventsService::new(&db));
+    serve!(
+        "events",
+        EventsServer,
+        EventsService::new(&db, stop.clone())
+    );
     serve!(
         "namespaces",
         NamespacesServer,
@@ -157,7 +165,7 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits, graph: &Grap
     serve!(
         "tasks",
         TasksServer,
-        TasksService::new(tasks, db.containers())
+        TasksService::new(tasks, db.containers(), stop)
     );
     serve!(
         "streaming",

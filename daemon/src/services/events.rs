@@ -7,22 +7,25 @@ use lighter_proto::containerd::types::Envelope;
 use lighter_proto::errdefs::into_status;
 use lighter_store::events::Exchange;
 use lighter_store::metadata::Db;
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use super::scope::scope_of;
-use super::wire::{filter, required};
+use super::wire::{filter, required, stopping};
 
 /// The exchange over gRPC.
 #[derive(Debug, Clone)]
 pub(crate) struct EventsService {
     exchange: Exchange,
+    stop: CancellationToken,
 }
 
 impl EventsService {
-    /// Over the exchange of `db`.
-    pub(crate) fn new(db: &Db) -> Self {
+    /// Over the exchange of `db`; subscriptions end at `stop`.
+    pub(crate) fn new(db: &Db, stop: CancellationToken) -> Self {
         Self {
             exchange: db.events().clone(),
+            stop,
         }
     }
 }
@@ -60,11 +63,13 @@ impl Events for EventsService {
     ) -> Result<Response<Self::SubscribeStream>, Status> {
         let filter = filter(&request.get_ref().filters)?;
         let subscription = self.exchange.subscribe(filter);
-        let events = stream::unfold(Some(subscription), |subscription| async {
-            let mut subscription = subscription?;
-            match subscription.next().await {
-                Ok(event) => Some((Ok((*event).clone()), Some(subscription))),
-                Err(error) => Some((Err(into_status(error)), None)),
+        let start = Some((subscription, self.stop.clone()));
+        let events = stream::unfold(start, |state| async {
+            let (mut subscription, stop) = state?;
+            match stop.run_until_cancelled(subscription.next()).await {
+                Some(Ok(event)) => Some((Ok((*event).clone()), Some((subscription, stop)))),
+                Some(Err(error)) => Some((Err(into_status(error)), None)),
+                None => Some((Err(stopping()), None)),
             }
         });
         Ok(Response::new(events.boxed()))

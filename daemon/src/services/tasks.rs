@@ -19,21 +19,28 @@ use lighter_proto::time::{now, to_timestamp};
 use lighter_store::filter::{Fields, Filter};
 use lighter_store::metadata::{Container, Containers};
 use lighter_store::{Identifier, Scope};
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use super::scope::scope_of;
+use super::wire::stopping;
 
 /// Tasks of containers on record.
 #[derive(Debug, Clone)]
 pub(crate) struct TasksService {
     tasks: Manager,
     containers: Containers,
+    stop: CancellationToken,
 }
 
 impl TasksService {
-    /// Over all tasks and the records of their containers.
-    pub(crate) fn new(tasks: Manager, containers: Containers) -> Self {
-        Self { tasks, containers }
+    /// Over all tasks and the records of their containers; who waits is sent away at `stop`.
+    pub(crate) fn new(tasks: Manager, containers: Containers, stop: CancellationToken) -> Self {
+        Self {
+            tasks,
+            containers,
+            stop,
+        }
     }
 
     /// The task of a container that must be on record.
@@ -328,7 +335,8 @@ impl Tasks for TasksService {
         let scope = scope_of(&request)?;
         let request = request.into_inner();
         let task = self.task(&scope, &request.container_id).await?;
-        let exit = task.wait(&request.exec_id).await.map_err(into_status)?;
+        let wait = self.stop.run_until_cancelled(task.wait(&request.exec_id));
+        let exit = wait.await.ok_or_else(stopping)?.map_err(into_status)?;
         Ok(Response::new(WaitResponse {
             exit_status: exit.status,
             exited_at: Some(to_timestamp(exit.at)),

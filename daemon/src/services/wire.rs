@@ -17,6 +17,14 @@ pub(crate) fn invalid(reason: impl Into<String>) -> Status {
     into_status(WireError::new(ErrorKind::InvalidArgument, reason))
 }
 
+/// The status of a request that would wait for something that another daemon may see.
+pub(crate) fn stopping() -> Status {
+    into_status(WireError::new(
+        ErrorKind::Unavailable,
+        "transport is closing: the daemon stops",
+    ))
+}
+
 /// A sub-message that must be there; `name` says which.
 pub(crate) fn required<T>(message: Option<T>, name: &str) -> Result<T, Status> {
     message.ok_or_else(|| invalid(format!("{name} must be set")))
