@@ -12,7 +12,7 @@ fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-fn get(mut stream: impl std::io::Read + std::io::Write, path: &str) -> Result<String> {
+pub(crate) fn get(mut stream: impl std::io::Read + std::io::Write, path: &str) -> Result<String> {
     write!(
         stream,
         "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
