@@ -39,7 +39,7 @@ test: ## Every test; the last line counts them
 	integration/scripts/deps.sh
 	integration/scripts/test.sh
 
-integration: ## The black-box suite alone, on SUBJECT=lighter (default) or SUBJECT=containerd
+integration: ## The black-box suite alone, on SUBJECT=lighter (default) or containerd, with RUNTIME=runc, crun or the built-in one
 	$(CARGO) build --workspace --bins
 	$(CARGO) test --workspace --test suite -- --test-threads=2
 

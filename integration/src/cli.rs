@@ -68,7 +68,14 @@ impl Cli {
             .arg(&self.address)
             .arg("--namespace")
             .arg(&self.namespace);
-        command.args(args);
+        match (args.split_first(), crate::runtime()) {
+            (Some((first, rest)), Some(program)) if first.as_ref() == "run" => {
+                command.args(["run", "--runc-binary", &program]).args(rest);
+            }
+            _ => {
+                command.args(args);
+            }
+        }
         command
     }
 

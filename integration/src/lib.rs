@@ -30,7 +30,7 @@ pub use image::{Blob, Image, Layer};
 pub use leftovers::remove_cgroup_parents;
 pub use oci::Spec;
 pub use registry::Registry;
-pub use subject::{Subject, built};
+pub use subject::{Subject, built, runtime};
 
 /// What every helper and test returns.
 pub type Result<T = (), E = anyhow::Error> = std::result::Result<T, E>;

@@ -44,6 +44,15 @@ impl Subject {
     }
 }
 
+/// The OCI runtime that containers of this run are given where a test names none: `RUNTIME=runc`, or
+/// another program. Without it, the subject's own choice.
+#[must_use]
+pub fn runtime() -> Option<String> {
+    std::env::var("RUNTIME")
+        .ok()
+        .filter(|name| !name.is_empty())
+}
+
 /// A program of this workspace: in `LIGHTER_BIN_DIR`, or where cargo put it beside this test.
 #[must_use]
 pub fn built(name: &str) -> PathBuf {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use lighter_proto::any;
+use lighter_proto::containerd::runc::v1::Options as RuncOptions;
 use lighter_proto::containerd::services as svc;
 use prost_types::Any;
 use serde_json::Value;
@@ -43,11 +44,17 @@ impl Client {
                 labels: HashMap::new(),
             })
             .await?;
+        let of_run = crate::runtime().map(|binary_name| {
+            any::pack(&RuncOptions {
+                binary_name,
+                ..Default::default()
+            })
+        });
         let container = svc::containers::v1::Container {
             id: id.to_owned(),
             runtime: Some(svc::containers::v1::container::Runtime {
                 name: runtime.to_owned(),
-                options,
+                options: options.or(of_run),
             }),
             spec: Some(any::pack_json(any::SPEC, &spec.0)?),
             snapshotter: snapshotter.to_owned(),

@@ -80,13 +80,22 @@ impl Node {
             Subject::Lighter => String::new(),
             Subject::Containerd => format!("sandbox_image = {PAUSE:?}\n"),
         };
+        let handler = match crate::runtime() {
+            Some(program) if !settings.config.contains(".runtimes.runc") => format!(
+                "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\n\
+                 runtime_type = \"io.containerd.runc.v2\"\n\
+                 [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc.options]\n\
+                 BinaryName = {program:?}\n"
+            ),
+            _ => String::new(),
+        };
         let options = Options {
             cri: true,
             config: format!(
                 "[plugins.\"io.containerd.grpc.v1.cri\"]\n{sandbox}restrict_oom_score_adj = true\n\
                  netns_mounts_under_state_dir = true\n{extra}\n\
                  [plugins.\"io.containerd.grpc.v1.cri\".cni]\nconf_dir = {conf:?}\nbin_dir = {bin:?}\n\
-                 {tables}\n",
+                 {handler}{tables}\n",
                 extra = settings.cri,
                 conf = network.conf_dir(),
                 bin = network.bin_dir(),
