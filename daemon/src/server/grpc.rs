@@ -19,6 +19,7 @@ use tonic::service::Routes;
 use tower::Layer as _;
 use tracing::{debug, warn};
 
+use super::authority::AnyAuthority;
 use super::connection::{BeginHere, Gathering};
 use super::metrics::Metrics;
 use super::observe::{InFlight, Observe, Observed};
@@ -124,7 +125,7 @@ impl Serving {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let requests = TaskTracker::new();
-        let stream = Gathering::new(stream);
+        let stream = Gathering::new(AnyAuthority::new(stream));
         let connection = http2::Builder::new(BeginHere::new(requests.clone()))
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW_BYTES)

@@ -1,5 +1,6 @@
 //! Listeners and what surrounds every request: sockets, gRPC, ttrpc, HTTP for metrics and debug.
 
+mod authority;
 mod connection;
 mod deadline;
 pub(crate) mod debug;
