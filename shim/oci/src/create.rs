@@ -64,6 +64,7 @@ impl Runtime {
         check_labels(process, &linux.mount_label)?;
         let mut namespaces = Namespaces::plan(linux)?;
         check_sysctls(linux, &namespaces)?;
+        check_names(&spec, &namespaces)?;
         if request.network.is_some() && linux.net_devices.is_empty() {
             namespaces.take_network();
         }
@@ -484,6 +485,24 @@ pub(crate) fn check_stdio(process: &Process, stdio: &Stdio) -> Result<()> {
             "a console is provided but process.terminal is not set".into(),
         )),
     }
+}
+
+/// Names that only a namespace may bear: anything else would rename the machine.
+fn check_names(spec: &Spec, namespaces: &Namespaces) -> Result<()> {
+    if namespaces.separate(libc::CLONE_NEWUTS) {
+        return Ok(());
+    }
+    for (what, name) in [
+        ("hostname", &spec.hostname),
+        ("domainname", &spec.domainname),
+    ] {
+        if !name.is_empty() {
+            return Err(Error::Spec(format!(
+                "unable to set {what} without a private UTS namespace"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Kernel parameters that are the namespaces' own; anything else would change the machine.
