@@ -16,12 +16,13 @@ mod channel;
 mod forward;
 mod http;
 mod remote;
+mod session;
 mod spdy;
 mod tls;
 mod token;
+mod upgrade;
 mod websocket;
 
-use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -43,50 +44,13 @@ pub use self::backend::{
 pub use self::tls::{KeyPair, TlsError};
 
 use self::channel::Activity;
-use self::http::{Prefixed, Request};
-use self::remote::{Command, StatusForm, Streams};
+use self::remote::Command;
 use self::token::Tokens;
-use self::websocket::Codec;
 
 /// Connections at once, of all clients.
 const MAX_SESSIONS: usize = 1024;
 /// Time for a TLS handshake and for a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// Time for the client to hang up after everything was sent.
-const LINGER: Duration = Duration::from_secs(5);
-/// Ports of one WebSocket port-forward: two channels each, and channels are bytes.
-const MAX_PORTS: usize = 64;
-/// The SPDY protocol that port-forward clients ask for.
-const PORT_FORWARD: &str = "portforward.k8s.io";
-/// The same, carried within WebSocket messages.
-const TUNNEL: &str = "SPDY/3.1+portforward.k8s.io";
-/// SPDY protocols of exec and attach: whether the end is told as JSON, and sizes are received.
-const SPDY_PROTOCOLS: [(&str, StatusForm, bool); 4] = [
-    ("v4.channel.k8s.io", StatusForm::Json, true),
-    ("v3.channel.k8s.io", StatusForm::Text, true),
-    ("v2.channel.k8s.io", StatusForm::Text, false),
-    ("channel.k8s.io", StatusForm::Text, false),
-];
-/// WebSocket protocols of exec and attach.
-const WEBSOCKET_PROTOCOLS: [(&str, StatusForm, Codec); 6] = [
-    (
-        "v5.channel.k8s.io",
-        StatusForm::Json,
-        Codec::BinaryWithClose,
-    ),
-    ("v4.channel.k8s.io", StatusForm::Json, Codec::Binary),
-    ("v4.base64.channel.k8s.io", StatusForm::Json, Codec::Base64),
-    ("channel.k8s.io", StatusForm::Text, Codec::Binary),
-    ("base64.channel.k8s.io", StatusForm::Text, Codec::Base64),
-    ("", StatusForm::Text, Codec::Binary),
-];
-/// WebSocket protocols of port-forward, the tunnel aside.
-const FORWARD_PROTOCOLS: [(&str, Codec); 3] = [
-    ("v4.channel.k8s.io", Codec::Binary),
-    ("v4.base64.channel.k8s.io", Codec::Base64),
-    ("", Codec::Binary),
-];
-
 /// Settings of the streaming server.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -367,156 +331,6 @@ impl Server {
             _ => http::refuse(&mut stream, not_found, &[], "404: Page Not Found\n").await,
         }
     }
-
-    /// Exec and attach.
-    async fn remote<S>(
-        &self,
-        request: &Request,
-        mut stream: Prefixed<S>,
-        command: &Command,
-        permit: OwnedSemaphorePermit,
-        activity: &Arc<Activity>,
-    ) -> std::io::Result<()>
-    where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    {
-        let backend = self.backend.as_ref();
-        let survives = command.exec.is_some();
-        if request.upgrades_to("websocket") {
-            let names = WEBSOCKET_PROTOCOLS.map(|(name, ..)| name);
-            let Some(name) = websocket_upgrade(request, &mut stream, &names).await? else {
-                return Ok(());
-            };
-            let (_, form, codec) = *find(&WEBSOCKET_PROTOCOLS, |(known, ..)| *known == name);
-            let (driver, mut connection) = websocket::serve(stream, codec, 5, activity.clone());
-            let work = async {
-                let streams = Streams::over_websocket(&mut connection, command).await;
-                if let Some(streams) = streams {
-                    streams.run(backend, command, form).await;
-                }
-            };
-            self.session(driver, work, activity, survives, permit).await;
-            return Ok(());
-        }
-        let names = SPDY_PROTOCOLS.map(|(name, ..)| name);
-        let Some(name) = spdy_upgrade(request, &mut stream, &names).await? else {
-            return Ok(());
-        };
-        let (_, form, sizes) = *find(&SPDY_PROTOCOLS, |(known, ..)| *known == name);
-        let (driver, mut connection) = spdy::serve(stream, activity.clone());
-        let work = async {
-            match Streams::over_spdy(&mut connection, command, sizes).await {
-                Ok(streams) => streams.run(backend, command, form).await,
-                Err(reason) => tracing::debug!(reason, "streaming session"),
-            }
-            connection.finish().await;
-        };
-        self.session(driver, work, activity, survives, permit).await;
-        Ok(())
-    }
-
-    /// Port-forward.
-    async fn forward<S>(
-        &self,
-        request: &Request,
-        mut stream: Prefixed<S>,
-        sandbox_id: &str,
-        ports: &[u16],
-        activity: &Arc<Activity>,
-    ) -> std::io::Result<()>
-    where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    {
-        let backend = self.backend.as_ref();
-        if !request.upgrades_to("websocket") {
-            let upgraded = spdy_upgrade(request, &mut stream, &[PORT_FORWARD]).await?;
-            if upgraded.is_some() {
-                let (driver, connection) = spdy::serve(stream, activity.clone());
-                let work = forward::over_spdy(connection, backend, sandbox_id);
-                self.session_ends_with_client(driver, work, activity).await;
-            }
-            return Ok(());
-        }
-        let mut names = vec![TUNNEL];
-        names.extend(FORWARD_PROTOCOLS.map(|(name, _)| name));
-        let Some(name) = websocket_upgrade(request, &mut stream, &names).await? else {
-            return Ok(());
-        };
-        if name == TUNNEL {
-            let (ours, theirs) = tokio::io::duplex(64 << 10);
-            let (carrier, channel) = websocket::serve(stream, Codec::Raw, 1, activity.clone());
-            let (driver, connection) = spdy::serve(theirs, activity.clone());
-            let tunnel = carry(channel, ours);
-            let driver = async {
-                tokio::select! {
-                    () = carrier => {}
-                    ((), ()) = async { tokio::join!(driver, tunnel) } => {}
-                }
-            };
-            let work = forward::over_spdy(connection, backend, sandbox_id);
-            self.session_ends_with_client(driver, work, activity).await;
-            return Ok(());
-        }
-        let (_, codec) = *find(&FORWARD_PROTOCOLS, |(known, _)| *known == name);
-        let ports = &ports[..ports.len().min(MAX_PORTS)];
-        let channels = u8::try_from(ports.len() * 2).expect("at most 64 ports");
-        let (driver, connection) = websocket::serve(stream, codec, channels, activity.clone());
-        let work = forward::over_websocket(connection, backend, sandbox_id, ports);
-        self.session_ends_with_client(driver, work, activity).await;
-        Ok(())
-    }
-
-    /// Runs a session. When the client goes, `work` goes too, unless it `survives`.
-    async fn session(
-        &self,
-        driver: impl Future<Output = ()> + Send,
-        work: impl Future<Output = ()> + Send,
-        activity: &Activity,
-        survives: bool,
-        permit: OwnedSemaphorePermit,
-    ) {
-        let mut work = Box::pin(work);
-        {
-            let driver = Box::pin(driver);
-            tokio::pin!(driver);
-            tokio::select! {
-                () = &mut driver => {}
-                () = activity.over(self.idle_timeout) => {}
-                () = &mut work => {
-                    let _ = timeout(LINGER, driver).await;
-                    return;
-                }
-            }
-            // The driver is dropped here: the streams end, and writes to them fail.
-        }
-        drop(permit);
-        if survives {
-            work.await;
-        }
-    }
-
-    async fn session_ends_with_client(
-        &self,
-        driver: impl Future<Output = ()> + Send,
-        work: impl Future<Output = ()> + Send,
-        activity: &Activity,
-    ) {
-        let driver = Box::pin(driver);
-        tokio::pin!(driver);
-        tokio::select! {
-            () = &mut driver => {}
-            () = activity.over(self.idle_timeout) => {}
-            () = Box::pin(work) => {
-                let _ = timeout(LINGER, driver).await;
-            }
-        }
-    }
-}
-
-/// The entry of a table that is known to be there.
-fn find<T>(table: &[T], wanted: impl Fn(&T) -> bool) -> &T {
-    let found = table.iter().find(|entry| wanted(entry));
-    found.expect("the name was chosen from this table")
 }
 
 fn check(command: &Command) -> Result<(), Error> {
@@ -543,98 +357,6 @@ fn outgoing_address() -> IpAddr {
         socket.local_addr()
     };
     probe().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip())
-}
-
-/// Switches to SPDY with the first protocol of the client's list that is known; otherwise refuses.
-async fn spdy_upgrade<S: AsyncRead + AsyncWrite + Unpin>(
-    request: &Request,
-    stream: &mut Prefixed<S>,
-    known: &[&'static str],
-) -> std::io::Result<Option<&'static str>> {
-    let bad = "400 Bad Request";
-    if !request.upgrades_to("SPDY/3.1") {
-        let body = "unable to upgrade: missing upgrade headers in request\n";
-        http::refuse(stream, bad, &[], body).await?;
-        return Ok(None);
-    }
-    let offered = request.list("x-stream-protocol-version");
-    if offered.is_empty() {
-        let body =
-            "unable to upgrade: header X-Stream-Protocol-Version does not exist in request\n";
-        http::refuse(stream, bad, &[], body).await?;
-        return Ok(None);
-    }
-    let choice = offered
-        .iter()
-        .find_map(|name| known.iter().find(|k| *k == name));
-    let Some(choice) = choice else {
-        let accepted: Vec<_> = known
-            .iter()
-            .map(|name| ("X-Accepted-Stream-Protocol-Versions", *name))
-            .collect();
-        let body = format!(
-            "unable to upgrade: unable to negotiate protocol: client supports {offered:?}, server \
-             accepts {known:?}\n"
-        );
-        http::refuse(stream, "403 Forbidden", &accepted, &body).await?;
-        return Ok(None);
-    };
-    http::upgrade(stream, "SPDY/3.1", &[("X-Stream-Protocol-Version", choice)]).await?;
-    Ok(Some(choice))
-}
-
-/// Switches to WebSocket with the first subprotocol offered that is known; otherwise refuses.
-async fn websocket_upgrade<S: AsyncRead + AsyncWrite + Unpin>(
-    request: &Request,
-    stream: &mut Prefixed<S>,
-    known: &[&'static str],
-) -> std::io::Result<Option<&'static str>> {
-    let key = request.header("sec-websocket-key").unwrap_or_default();
-    let version = request.header("sec-websocket-version");
-    if key.is_empty() || version.is_some_and(|version| version != "13") {
-        let body = "unable to upgrade: not a WebSocket request of version 13\n";
-        let headers = [("Sec-WebSocket-Version", "13")];
-        http::refuse(stream, "400 Bad Request", &headers, body).await?;
-        return Ok(None);
-    }
-    let offered = request.list("sec-websocket-protocol");
-    let choice = if offered.is_empty() {
-        known.iter().find(|name| name.is_empty())
-    } else {
-        offered
-            .iter()
-            .find_map(|name| known.iter().find(|k| *k == name))
-    };
-    let Some(choice) = choice else {
-        http::refuse(stream, "403 Forbidden", &[], "").await?;
-        return Ok(None);
-    };
-    let accept = websocket::accept_key(key);
-    let mut headers = vec![("Sec-WebSocket-Accept", accept.as_str())];
-    if !choice.is_empty() {
-        headers.push(("Sec-WebSocket-Protocol", choice));
-    }
-    http::upgrade(stream, "websocket", &headers).await?;
-    Ok(Some(choice))
-}
-
-/// Copies between the tunnel's messages and the connection within it.
-async fn carry(mut channel: websocket::Connection, inner: tokio::io::DuplexStream) {
-    let (Some(Some(mut from)), Some(Some(mut to))) = (channel.readers.pop(), channel.writers.pop())
-    else {
-        return;
-    };
-    let (mut inner_read, mut inner_write) = tokio::io::split(inner);
-    let inbound = async {
-        let _ = tokio::io::copy(&mut from, &mut inner_write).await;
-        // The inner connection must see the end.
-        let _ = tokio::io::AsyncWriteExt::shutdown(&mut inner_write).await;
-    };
-    let outbound = async {
-        let _ = tokio::io::copy(&mut inner_read, &mut to).await;
-        drop(to);
-    };
-    tokio::join!(inbound, outbound);
 }
 
 #[cfg(test)]

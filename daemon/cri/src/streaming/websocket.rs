@@ -97,7 +97,7 @@ pub(super) fn serve<S: AsyncRead + AsyncWrite + Send + 'static>(
             ended = &mut read => {
                 // Unless the client just vanished, it is told with a close frame, queued by now.
                 if !matches!(ended, Ok(End::Vanished)) {
-                    let _ = tokio::time::timeout(super::LINGER, write).await;
+                    let _ = tokio::time::timeout(super::session::LINGER, write).await;
                 }
                 ended.map(drop)
             }

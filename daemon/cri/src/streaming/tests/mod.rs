@@ -11,6 +11,8 @@ use base64::engine::general_purpose::STANDARD;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::spdy::client::Client;
+use super::upgrade::PORT_FORWARD;
+use super::websocket::Codec;
 use super::*;
 
 /// Commands by name instead of processes.
