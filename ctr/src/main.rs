@@ -5,7 +5,7 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser as _};
 use signals::Interrupted;
 
 mod advice;
@@ -18,6 +18,7 @@ mod content;
 mod duration;
 mod fifo;
 mod flags;
+mod go_flags;
 mod image;
 mod json;
 mod labels;
@@ -34,7 +35,8 @@ mod terminal;
 mod transfer;
 
 fn main() -> ExitCode {
-    let cli = cli::Cli::parse();
+    let args = go_flags::plain(cli::Cli::command, std::env::args_os().collect());
+    let cli = cli::Cli::parse_from(args);
     let advisor = advice::Advisor::new(&cli.global);
     let runtime = match tokio::runtime::Builder::new_current_thread()
         .enable_all()
