@@ -6,12 +6,16 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use lighter_integration::cri::stream::Transport;
 use lighter_integration::cri::{Node, Settings, newer};
 use lighter_integration::{Image, Layer, Result, eventually};
 use lighter_proto::containerd::services::containers::v1::GetContainerRequest;
 use lighter_proto::runtime::v1 as api;
 use serde_json::json;
 use tonic::Code;
+
+use crate::cri_attach::attach;
+use crate::cri_exec::{TERMINAL, exec};
 
 /// Largest output of one stream that an answer holds.
 const OUTPUT_LIMIT: usize = 16 << 20;
@@ -63,6 +67,44 @@ async fn output_of_a_command_is_bounded_in_bytes_and_time() -> Result {
     }
     eventually("nothing is kept", async || {
         let flat = private_kb(&node)? < memory + (16 << 10) && descriptors(&node)? <= files + 4;
+        Ok(flat.then_some(()))
+    })
+    .await?;
+    node.finish().await
+}
+
+/// GHSA-2qjp-425j-52j9, GHSA-m6hq-p25p-ffr2: every resize of a command that did not start, and every
+/// attached client, left work behind that nobody would end.
+#[tokio::test]
+async fn resizes_and_attached_clients_leave_nothing() -> Result {
+    let node = Node::start().await?;
+    let pod = node.run_pod("left").await?;
+    let mut config = node.container("main", &["sleep", "3600"]);
+    config.stdin = true;
+    config.tty = true;
+    let id = node.cri.run(&pod, &config).await?;
+    let visit = async |times: usize| {
+        for n in 0..times {
+            let transport = [Transport::SPDY, Transport::WEBSOCKET][n % 2];
+            let missing = ["/no/such/program"];
+            let mut failing = exec(&node, &id, &missing, TERMINAL, transport).await?;
+            for size in 1..20 {
+                // It may have ended already.
+                if failing.resize(size, size).await.is_err() {
+                    break;
+                }
+            }
+            let _ = failing.finish().await;
+            let mut attached = attach(&node, &id, TERMINAL, transport).await?;
+            attached.resize(80, 24).await?;
+        }
+        anyhow::Ok(())
+    };
+    visit(20).await?;
+    let (memory, files) = (private_kb(&node)?, descriptors(&node)?);
+    visit(150).await?;
+    eventually("nothing is kept", async || {
+        let flat = private_kb(&node)? < memory + (6 << 10) && descriptors(&node)? <= files + 4;
         Ok(flat.then_some(()))
     })
     .await?;

@@ -1,6 +1,6 @@
 //! Transfers: pairs that there are and pairs that there are not, streams, the same archive again.
 
-use lighter_integration::{Client, Daemon, Image, Options, Result, Subject, eventually};
+use lighter_integration::{Blob, Client, Daemon, Image, Options, Result, Subject, eventually};
 use lighter_proto::any;
 use lighter_proto::containerd::services::images::v1 as images;
 use lighter_proto::containerd::services::snapshots::v1 as snapshots;
@@ -9,6 +9,7 @@ use lighter_proto::containerd::services::transfer::v1::{TransferOptions, Transfe
 use lighter_proto::containerd::types::transfer as types;
 use prost::Name;
 use prost_types::Any;
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
@@ -202,6 +203,54 @@ async fn the_same_archive_is_imported_again_and_again() -> Result {
             client.collect().await?;
         }
     }
+    daemon.finish().await
+}
+
+/// GHSA-5j5w-g665-5m35: a document that is a manifest to one reader and an index to another was read
+/// as whichever its label said. GHSA-259w-8hf6-59c2: JSON of an archive was read without bounds.
+#[tokio::test]
+async fn archives_that_say_two_things_or_too_much_are_refused() -> Result {
+    let daemon = Daemon::start().await?;
+    let client = daemon.client().await?;
+    if !client.is_recent().await? {
+        return daemon.finish().await;
+    }
+    let image = Image::busybox("docker.io/test/two:1")?;
+    let manifest: Value = serde_json::from_slice(&image.manifest.data)?;
+    let ambiguous = |key: &str, value: Value| -> Result<Vec<u8>> {
+        let mut document = manifest.clone();
+        document[key] = value;
+        let mut image = image.clone();
+        let kind = image.manifest.media_type.clone();
+        image.manifest = Blob::new(&kind, serde_json::to_vec(&document)?);
+        image.oci_archive()
+    };
+    let index = "application/vnd.oci.image.index.v1+json";
+    let unpack = types::UnpackConfiguration {
+        snapshotter: "overlayfs".to_owned(),
+        ..Default::default()
+    };
+    let mut bomb = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(21 << 20);
+    let blank = vec![b' '; 21 << 20];
+    bomb.append_data(&mut header, "manifest.json", &blank[..])?;
+    let both = ambiguous("manifests", json!([image.manifest.descriptor()]))?;
+    let mislabelled = ambiguous("mediaType", json!(index))?;
+    for (round, archive, why) in [
+        (0, both, "expected manifest but found index"),
+        (1, mislabelled, "expected manifest but found index"),
+        (2, bomb.into_inner()?, "larger than"),
+    ] {
+        let to = named(vec![unpack.clone()]);
+        let refused = import(&client, &archive, round, to).await.unwrap_err();
+        assert!(refused.to_string().contains(why), "{refused}");
+    }
+    let listed = client.images().list(images::ListImagesRequest::default());
+    assert!(
+        listed.await?.into_inner().images.is_empty(),
+        "no image is recorded"
+    );
     daemon.finish().await
 }
 

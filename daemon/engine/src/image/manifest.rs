@@ -119,14 +119,15 @@ pub fn parse(media_type: &str, digest: &Digest, bytes: &[u8]) -> Result<Document
     }
     let stated = raw.media_type.as_deref().unwrap_or_default();
     if manifest {
-        if raw.manifests.as_ref().is_some_and(|m| !m.is_empty()) || media::is_index(stated) {
+        let other = !stated.is_empty() && !media::is_manifest(stated);
+        if raw.manifests.as_ref().is_some_and(|m| !m.is_empty()) || other {
             return Err(malformed(format!(
                 "media-type: expected manifest but found index ({media_type})"
             )));
         }
     } else if raw.config.is_some()
         || raw.layers.as_ref().is_some_and(|l| !l.is_empty())
-        || media::is_manifest(stated)
+        || !stated.is_empty() && !media::is_index(stated)
     {
         return Err(malformed(format!(
             "media-type: expected index but found manifest ({media_type})"
