@@ -350,8 +350,9 @@ impl Cni {
         let result = entry.result.as_ref();
         if let Err(error) = network.del(&call, &capabilities, result).await {
             // The reference bridge plugin fails on rules that an ADD cut short never made, after
-            // it has freed all the rest; asked again, it finds nothing to do.
-            if Instant::now() >= deadline {
+            // it has freed all the rest; asked again, it finds nothing to do. Of an ADD that ended
+            // the caller is to know.
+            if result.is_some() || Instant::now() >= deadline {
                 return Err(error);
             }
             tracing::debug!(container_id = %entry.container_id, %error, "second try at a DEL");

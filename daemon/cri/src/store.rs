@@ -50,6 +50,8 @@ pub struct PodState {
     pub resources: Option<LinuxContainerResources>,
     /// Whether lists show it: not before it ran, not once it is removed.
     pub visible: bool,
+    /// Whether its making did not end: it is taken back unless somebody removes it before.
+    pub abandoned: bool,
 }
 
 /// One pod.
@@ -90,6 +92,7 @@ impl Pod {
             overhead: None,
             resources: None,
             visible: false,
+            abandoned: false,
         };
         Self {
             id,

@@ -97,6 +97,11 @@ impl Turn {
 }
 
 impl Taken<'_> {
+    /// The step that was said last.
+    pub fn step(&self) -> Option<&'static str> {
+        self.turn.step().map(|step| step.name)
+    }
+
     /// Says which step comes now.
     pub fn at(&self, name: &'static str) {
         *self.turn.step() = Some(Step {

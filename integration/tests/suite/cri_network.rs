@@ -180,7 +180,7 @@ async fn every_end_of_a_pod_frees_its_network() -> Result {
 }
 
 /// A node whose one network is the plugin `fault`.
-async fn faulty(script: &str) -> Result<Node> {
+pub(crate) async fn faulty(script: &str) -> Result<Node> {
     let settings = Settings {
         network: true,
         ..Settings::default()

@@ -27,6 +27,7 @@ mod cri_pods;
 mod cri_restart;
 mod cri_security;
 mod cri_stats;
+mod cri_undo;
 mod crowds;
 mod ctr_debian;
 mod ctr_ours;

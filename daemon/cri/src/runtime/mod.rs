@@ -25,6 +25,7 @@ mod service;
 mod stats;
 mod stop;
 mod timers;
+mod undo;
 mod update;
 mod volumes;
 

@@ -1,8 +1,10 @@
 //! A pod's network: its namespace and what CNI does to it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use lighter_proto::errdefs::render;
 use lighter_proto::runtime::v1::{PodSandboxConfig, Protocol};
 
 use super::files::on_host;
@@ -156,7 +158,7 @@ impl Plugin {
     }
 
     /// Detaches the pod; a namespace that is gone is fine.
-    pub(super) async fn detach_network(&self, pod: &Pod, path: &Path) -> Result<()> {
+    pub(super) async fn detach_network(self: &Arc<Self>, pod: &Pod, path: &Path) -> Result<()> {
         let open = Some(path).filter(|p| !netns::is_closed(p));
         let failed = |error: Error| {
             error.context(format!(
@@ -171,16 +173,19 @@ impl Plugin {
             options(&pod.id, &config)
         })?;
         let networks = self.cni_of(&pod.handler);
-        match networks.teardown(&pod.id, open, &options).await {
-            // It never was attached: a plugin that fails keeps nobody from going on. The journal
-            // has it, so the next start tries again.
+        let half = match networks.teardown(&pod.id, open, &options).await {
+            // It never was attached whole: a plugin that fails keeps nobody from going on.
             Err(error) if pod.state().cni_result.is_none() => {
-                let error = lighter_proto::errdefs::render(&error);
+                let error = render(&error);
                 tracing::warn!(sandbox_id = %pod.id, %error, "network not detached");
+                true
             }
-            other => other.map_err(|e| failed(e.into()))?,
-        }
+            other => other.map(|()| false).map_err(|e| failed(e.into()))?,
+        };
         netns::remove(path).await.map_err(|e| failed(e.into()))?;
+        if half {
+            self.detach_lost(pod.handler.clone(), pod.id.clone());
+        }
         match self.userns_path(&pod.id, &pod.config) {
             Some(pinned) => userns::remove(&pinned),
             None => Ok(()),

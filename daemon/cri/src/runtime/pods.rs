@@ -1,7 +1,7 @@
 //! Running a pod: name, lease, network, pause process, in this order, and back in reverse.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lighter_engine::image::{Descriptor, Matcher};
 use lighter_engine::runtime::{CreateTask, Handle};
@@ -18,7 +18,7 @@ use super::records::{New, POD};
 use super::{new_id, task_runtime};
 use crate::error::{Error, Result};
 use crate::image::{Image, MANAGED_LABEL, PINNED_LABEL, pause};
-use crate::plugin::{Plugin, UNDO_LIMIT};
+use crate::plugin::Plugin;
 use crate::spec::sandbox;
 use crate::store::Pod;
 use crate::turn::Taken;
@@ -63,8 +63,11 @@ fn handler_of(config: &PodSandboxConfig, asked: String) -> Result<String> {
     Ok(UNTRUSTED_HANDLER.to_owned())
 }
 
-/// Attaches the network while the sandbox starts. A start that fails ends the wait for the network;
-/// a network that fails waits for the start, which then can be undone.
+/// How long the network of a pod whose start failed may take: one that is whole is undone whole.
+const LATE_NETWORK: Duration = Duration::from_secs(5);
+
+/// Attaches the network while the sandbox starts. A start that fails soon ends the wait for the
+/// network; a network that fails waits for the start, which then can be undone.
 async fn both<T>(
     network: impl Future<Output = Result<()>>,
     start: impl Future<Output = Result<T>>,
@@ -77,9 +80,13 @@ async fn both<T>(
             started
         }
         started = &mut start => {
-            let started = started?;
+            if started.is_err() {
+                // The start's failure is the one to tell.
+                let _ = tokio::time::timeout(LATE_NETWORK, network).await;
+                return started;
+            }
             network.await?;
-            Ok(started)
+            started
         }
     }
 }
@@ -98,7 +105,14 @@ impl Plugin {
             .metadata
             .clone()
             .ok_or_else(|| Error::invalid("sandbox config must include metadata"))?;
+        if on_host(&config, |o| o.network()) && !config.hostname.is_empty() {
+            return Err(Error::invalid(format!(
+                "unable to set hostname {:?} without a private UTS namespace: a pod on the host's network keeps the host's name",
+                config.hostname
+            )));
+        }
         let (id, name) = (new_id(), name_of(&metadata));
+        self.free_name(&name).await?;
         let reservation = self.store.reserve("sandbox", &name, &id)?;
         let netns = self.netns_path(&config);
         let pod = Arc::new(Pod::new(id.clone(), name, config, handler, netns));
@@ -113,20 +127,12 @@ impl Plugin {
             }
             Err(error) => error,
         };
-        turn.at("undo");
-        let undone = tokio::time::timeout(UNDO_LIMIT, self.undo_pod(&pod)).await;
-        let failure = match undone {
-            Ok(Ok(())) => None,
-            Ok(Err(failure)) => Some(failure.to_string()),
-            Err(_) => Some("took too long".to_owned()),
-        };
-        match failure {
-            None => self.store.pods.remove(&id),
-            Some(failure) => {
-                // Kept, so that the kubelet's Stop and Remove try again.
+        match self.undo_pod(&pod, &turn).await {
+            Ok(()) => self.store.pods.remove(&id),
+            Err(failure) => {
                 tracing::warn!(sandbox_id = %id, %failure, "pod not undone");
                 reservation.keep();
-                pod.update(|s| s.visible = true);
+                self.abandon(&pod);
             }
         }
         Err(error)
@@ -313,7 +319,7 @@ impl Plugin {
             snapshotter: snapshotter.to_owned(),
         };
         self.transfer
-            .unpack(scope, pause::NAME, target, unpack)
+            .unpack(scope, pause::NAME, target, unpack, None)
             .await
             .map_err(failed)?;
         self.images.refresh(pause::NAME).await;

@@ -2,7 +2,7 @@
 //!
 //! | record | task | becomes |
 //! |---|---|---|
-//! | pod, marked as being made | any | removed: nobody was told of it |
+//! | pod, marked as being made | any | NOTREADY, and taken back by itself (`undo.rs`) |
 //! | pod | runs | READY, watched |
 //! | pod | anything else, or none | NOTREADY |
 //! | container | runs | RUNNING, watched |
@@ -35,7 +35,7 @@ use super::events::UNKNOWN_EXIT;
 use super::records::{CONTAINER, KIND, MAKING, POD};
 use super::update::UPDATED;
 use crate::error::{Error, Result};
-use crate::plugin::{Gate, Plugin, UNDO_LIMIT};
+use crate::plugin::{Gate, Plugin};
 use crate::store::{Container, ContainerStatus, NewContainer, Pod};
 
 /// Objects recovered at once.
@@ -55,6 +55,15 @@ pub(super) enum Found {
 enum Unsure {
     Pod(Arc<Pod>),
     Container(Arc<Container>),
+}
+
+/// What a daemon before left that no record knows: found before anybody is served, who might make
+/// more, and removed afterwards.
+struct Leftovers {
+    dirs: Vec<PathBuf>,
+    /// Snapshotters and keys.
+    snapshots: Vec<(String, String)>,
+    leases: Vec<String>,
 }
 
 fn is_object_id(name: &str) -> bool {
@@ -127,7 +136,7 @@ impl Plugin {
             .buffer_unordered(PARALLEL)
             .collect::<Vec<()>>()
             .await;
-        self.sweep(&ids).await;
+        let leftovers = self.leftovers(&ids).await;
         let stale = self.cni.journaled_except(&ids).await;
         tracing::info!(
             pods = self.store.visible_pods().len(),
@@ -136,13 +145,12 @@ impl Plugin {
         );
         self.admit_plugins().await?;
         gate.open(Arc::clone(self));
+        // From here on nobody waits, however much is left over and whatever hangs.
+        self.sweep(leftovers).await;
         // What a killed daemon had begun is held by nothing now.
         self.collect().await;
-        // Plugins may hang: nobody waits for them.
         for id in stale {
-            if let Err(error) = self.cni.detach_leftover(&id).await {
-                tracing::warn!(sandbox_id = %id, %error, "network of a lost pod not detached");
-            }
+            self.detach_lost(String::new(), id);
         }
         Ok(())
     }
@@ -186,14 +194,9 @@ impl Plugin {
             self.hooks.was_told(&id).await;
         }
         if making {
-            tracing::info!(sandbox_id = %id, "removing a half-made pod");
-            let undone = tokio::time::timeout(UNDO_LIMIT, self.undo_pod(&pod)).await;
-            if let Ok(Ok(())) = undone {
-                self.store.pods.remove(&id);
-                self.store.release(&pod.name);
-                return Ok(());
-            }
-            tracing::warn!(sandbox_id = %id, "half-made pod not removed yet");
+            tracing::info!(sandbox_id = %id, "a half-made pod is taken back");
+            self.abandon(&pod);
+            return Ok(());
         }
         match self.find_task(&id).await {
             Found::Live(handle) => self.take_pod(&pod, handle).await,
@@ -355,10 +358,8 @@ impl Plugin {
         let known_end = container.status().finished_at.is_some();
         match process.status {
             Status::Created => {
-                if let Err(error) = self.kill_task(&container.id).await {
-                    tracing::warn!(container_id = %container.id, %error, "task not taken down");
-                }
                 self.settle_container(container).await;
+                self.take_down(container).await;
             }
             // Its end was noted; only the task is left.
             Status::Stopped if known_end => {
@@ -384,6 +385,30 @@ impl Plugin {
         }
     }
 
+    /// Takes down the task of a container that was not started. Nobody waits for that but those who
+    /// want something of this container.
+    async fn take_down(self: &Arc<Self>, container: &Arc<Container>) {
+        let (this, container, stop) = (Arc::clone(self), Arc::clone(container), self.stop.clone());
+        let (held, turn_is_held) = tokio::sync::oneshot::channel();
+        self.tracker.spawn(async move {
+            let turn = container.busy.lock().await;
+            turn.at("taking down the task of an interrupted start");
+            // Whoever recovers goes on.
+            let _ = held.send(());
+            let (mut pause, longest) = AGAIN;
+            let again = async {
+                while let Err(error) = this.kill_task(&container.id).await {
+                    tracing::warn!(container_id = %container.id, %error, "task not taken down");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(longest);
+                }
+            };
+            stop.run_until_cancelled(again).await;
+        });
+        // It is held, or the daemon ends.
+        let _ = turn_is_held.await;
+    }
+
     /// A container without a task: what its status says, or lost.
     pub(super) async fn settle_container(self: &Arc<Self>, container: &Arc<Container>) {
         let status = container.status();
@@ -401,55 +426,72 @@ impl Plugin {
         }
     }
 
-    /// Removes what no record knows.
-    async fn sweep(&self, ids: &HashSet<String>) {
+    /// What no record knows.
+    async fn leftovers(&self, ids: &HashSet<String>) -> Leftovers {
         let dirs = [&self.root, &self.state].into_iter().flat_map(|base| {
             let kinds = ["sandboxes", "containers", "image-volumes"];
             kinds.map(|kind| base.join(kind)).into_iter()
         });
         let (dirs, known): (Vec<_>, _) = (dirs.collect(), ids.clone());
         let fifos = self.state.join("fifo");
-        let removed = tokio::task::spawn_blocking(move || {
-            for dir in dirs {
-                for name in directories(&dir) {
-                    if !known.contains(&name) {
-                        remove_tree(&dir.join(name));
-                    }
-                }
-            }
+        let found = tokio::task::spawn_blocking(move || {
             // Execs of the daemon before.
             remove_tree(&fifos);
+            let lost = dirs.iter().flat_map(|dir| {
+                let names = directories(dir).into_iter();
+                let unknown = names.filter(|name| !known.contains(name));
+                unknown.map(|name| dir.join(name)).collect::<Vec<_>>()
+            });
+            lost.collect::<Vec<_>>()
         });
-        if removed.await.is_err() {
-            tracing::warn!("leftover directories not removed");
-        }
-        self.sweep_records(ids).await;
-    }
-
-    async fn sweep_records(&self, ids: &HashSet<String>) {
+        let dirs = found.await.unwrap_or_else(|error| {
+            tracing::warn!(%error, "leftover directories not looked for");
+            Vec::new()
+        });
         let unknown = |name: &str| is_object_id(name) && !ids.contains(name);
         let mut snapshotters = HashSet::from([self.config.images.snapshotter.clone()]);
         let handlers = self.config.runtime.containerd.runtimes.keys();
         snapshotters.extend(handlers.map(|name| self.snapshotter_of(name)));
+        let mut found = Vec::new();
         for name in snapshotters {
             let Ok(snapshots) = self.db.snapshots(&name) else {
                 continue;
             };
             let all = snapshots.list(&self.scope, &Filter::default()).await;
-            for info in all.unwrap_or_default() {
-                if unknown(&info.name)
-                    && let Err(error) = self.delete_snapshot(&name, &info.name).await
-                {
-                    tracing::warn!(key = %info.name, %error, "leftover snapshot not removed");
-                }
-            }
+            let all = all.unwrap_or_default().into_iter();
+            let lost = all.filter(|info| unknown(&info.name));
+            found.extend(lost.map(|info| (name.clone(), info.name)));
         }
         let leases = self.db.leases().list(&self.scope, &Filter::default());
-        for lease in leases.unwrap_or_default() {
-            if unknown(&lease.id)
-                && let Err(error) = self.delete_lease(&lease.id).await
-            {
-                tracing::warn!(lease = %lease.id, %error, "leftover lease not removed");
+        let leases = leases.unwrap_or_default().into_iter();
+        Leftovers {
+            dirs,
+            snapshots: found,
+            leases: leases
+                .map(|lease| lease.id)
+                .filter(|id| unknown(id))
+                .collect(),
+        }
+    }
+
+    async fn sweep(&self, lost: Leftovers) {
+        let dirs = lost.dirs;
+        let removed = tokio::task::spawn_blocking(move || {
+            for dir in dirs {
+                remove_tree(&dir);
+            }
+        });
+        if removed.await.is_err() {
+            tracing::warn!("leftover directories not removed");
+        }
+        for (snapshotter, key) in lost.snapshots {
+            if let Err(error) = self.delete_snapshot(&snapshotter, &key).await {
+                tracing::warn!(key, %error, "leftover snapshot not removed");
+            }
+        }
+        for lease in lost.leases {
+            if let Err(error) = self.delete_lease(&lease).await {
+                tracing::warn!(lease, %error, "leftover lease not removed");
             }
         }
     }

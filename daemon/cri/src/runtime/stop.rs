@@ -287,11 +287,19 @@ impl Plugin {
     /// Removes a pod and its containers.
     pub(super) async fn remove_pod(self: &Arc<Self>, pod: &Arc<Pod>) -> Result<()> {
         let turn = pod.busy.take("RemovePodSandbox", &pod.name).await?;
+        self.remove_pod_locked(pod, &turn).await
+    }
+
+    pub(super) async fn remove_pod_locked(
+        self: &Arc<Self>,
+        pod: &Arc<Pod>,
+        turn: &Taken<'_>,
+    ) -> Result<()> {
         if self.store.pods.find(&pod.id)?.is_none() {
             // Another call removed it meanwhile.
             return Ok(());
         }
-        self.stop_pod_locked(pod, &turn).await?;
+        self.stop_pod_locked(pod, turn).await?;
         if let Some(netns) = &pod.netns
             && !netns::is_closed(netns)
         {
@@ -318,17 +326,9 @@ impl Plugin {
         Ok(())
     }
 
-    /// Takes back whatever of a pod exists. Its record goes last: until then a call that is made
-    /// again finds it.
-    pub(super) async fn undo_pod(&self, pod: &Pod) -> Result<()> {
-        self.kill_task(&pod.id).await?;
-        if let Some(netns) = &pod.netns {
-            self.detach_network(pod, netns).await?;
-        }
-        self.erase_pod(pod).await
-    }
-
-    async fn erase_pod(&self, pod: &Pod) -> Result<()> {
+    /// Removes what a pod without a network still has. Its record goes last: until then a call that
+    /// is made again finds it.
+    pub(super) async fn erase_pod(&self, pod: &Pod) -> Result<()> {
         self.kill_task(&pod.id).await?;
         // The configuration may name another one by now.
         let snapshotter = match self.db.containers().get(&self.scope, &pod.id) {

@@ -27,7 +27,8 @@ impl Transfer {
         Ok(())
     }
 
-    /// Unpacks an image of the store to `snapshotter`; what is there already is left alone.
+    /// Unpacks an image of the store to `snapshotter`; what is there already is left alone. `hint` is
+    /// the reference of the image for snapshotters that want to know.
     ///
     /// # Errors
     /// When content is missing or a layer cannot be applied.
@@ -40,6 +41,7 @@ impl Transfer {
         name: &str,
         target: &Descriptor,
         unpack: UnpackRequest,
+        hint: Option<String>,
     ) -> Result<(), Error> {
         let to = StoreEnd {
             name: name.to_owned(),
@@ -49,8 +51,8 @@ impl Transfer {
             extras: Vec::new(),
             unpacks: vec![unpack],
         };
-        self.unpack_stored(scope, target, &to, &Tracker::default())
-            .await
+        let tracker = Tracker::default();
+        self.unpack_hinted(scope, target, &to, &tracker, hint).await
     }
 
     /// Unpacks what `to` wants of an image in the store.
@@ -60,6 +62,17 @@ impl Transfer {
         target: &Descriptor,
         to: &StoreEnd,
         tracker: &Tracker,
+    ) -> Result<(), Error> {
+        self.unpack_hinted(scope, target, to, tracker, None).await
+    }
+
+    async fn unpack_hinted(
+        &self,
+        scope: &Scope,
+        target: &Descriptor,
+        to: &StoreEnd,
+        tracker: &Tracker,
+        hint: Option<String>,
     ) -> Result<(), Error> {
         if to.unpacks.is_empty() {
             return Ok(());
@@ -81,7 +94,7 @@ impl Transfer {
                 fetcher: &fetcher,
                 select: &select,
                 unpacks: std::slice::from_ref(unpack),
-                hint: None,
+                hint: hint.clone(),
                 found: Mutex::default(),
             };
             walk.run(target, &to.name).await?;
