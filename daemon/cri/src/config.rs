@@ -269,8 +269,18 @@ pub struct Containerd {
     pub ignore_blockio_not_enabled_errors: bool,
     /// Whether an RDT class on a machine without them is no error.
     pub ignore_rdt_not_enabled_errors: bool,
-    /// Handlers.
+    /// Handlers; `runc` is there even when the file names only others.
+    #[serde(deserialize_with = "with_runc")]
     pub runtimes: BTreeMap<String, Handler>,
+}
+
+/// Handlers of the file beside the one there is without a file.
+fn with_runc<'de, D: serde::Deserializer<'de>>(
+    file: D,
+) -> Result<BTreeMap<String, Handler>, D::Error> {
+    let mut runtimes = Containerd::default().runtimes;
+    runtimes.extend(BTreeMap::deserialize(file)?);
+    Ok(runtimes)
 }
 
 impl Default for Containerd {
@@ -422,6 +432,19 @@ pub(crate) fn duration(key: &str, text: &str) -> Result<Option<Duration>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_handler_more_takes_none_away() {
+        let read = |text: &str| toml::from_str::<Containerd>(text).unwrap().runtimes;
+        let runtimes = read("[runtimes.other]\nruntime_type = 'x'");
+        assert_eq!(runtimes["other"].runtime_type, "x");
+        assert_eq!(runtimes["runc"].runtime_type, "io.containerd.runc.v2");
+        let changed = read("[runtimes.runc]\nruntime_path = '/x'");
+        assert_eq!(
+            (changed.len(), changed["runc"].runtime_path.as_str()),
+            (1, "/x")
+        );
+    }
 
     #[test]
     fn go_durations_are_read() {

@@ -13,7 +13,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use lighter_engine::image::{self, Descriptor, Matcher, chain_ids};
 use lighter_engine::registry::reference::Named;
-use lighter_engine::transfer::Transfer;
+use lighter_engine::transfer::{NewImage, Transfer, UnpackRequest};
 use lighter_store::filter::Filter;
 use lighter_store::metadata::{Db, Image as Record};
 use lighter_store::{Digest, Scope};
@@ -194,12 +194,88 @@ impl Images {
 
     async fn refresh_record(&self, record: &Record) {
         match self.inspect(record).await {
-            Ok(image) => self.write().learn(&record.name, image),
+            Ok(image) => {
+                self.adopt(record, &image).await;
+                self.write().learn(&record.name, image);
+            }
             Err(error) => {
                 tracing::debug!(image = %record.name, %error, "image is not usable");
                 self.write().forget(&record.name);
             }
         }
+    }
+
+    /// Whether an image of this name is kept whatever a kubelet collects.
+    fn is_pinned(&self, name: &str) -> bool {
+        let pinned = &self.config.pinned_images;
+        let own = pinned.get("sandbox").is_none_or(|kept| kept == pause::NAME);
+        pinned.values().any(|kept| kept == name) || own && name == pause::CUSTOMARY
+    }
+
+    /// Marks an image that came another way than by CRI as CRI's own, and records it by its id: it
+    /// outlives its name, as others do.
+    async fn adopt(&self, record: &Record, image: &Image) {
+        let mut labels = vec![MANAGED_LABEL];
+        if self.is_pinned(&record.name) {
+            labels.push(PINNED_LABEL);
+        }
+        let has = |(key, value): &(&str, &str)| record.labels.get(*key).is_some_and(|v| v == value);
+        if is_id(&record.name) || labels.iter().all(has) {
+            return;
+        }
+        let mut adopted = record.clone();
+        let labels = labels
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        adopted.labels.extend(labels);
+        let by_id = NewImage {
+            name: image.id.clone(),
+            labels: adopted.labels.clone(),
+        };
+        let target = Descriptor::from(record.target.clone());
+        if let Err(error) = self.transfer.record(&self.scope, by_id, &target).await {
+            tracing::warn!(image = %record.name, %error, "image not recorded by its id");
+            return;
+        }
+        // Not made anew: it may have been removed meanwhile.
+        let mask = ["labels".to_owned()];
+        match self
+            .db
+            .images()
+            .update(&self.scope, adopted, &mask, None)
+            .await
+        {
+            Ok(_) | Err(lighter_store::Error::NotFound { .. }) => {}
+            Err(error) => tracing::warn!(image = %record.name, %error, "image not marked"),
+        }
+    }
+
+    /// Unpacks an image that is here for `snapshotter`.
+    ///
+    /// # Errors
+    /// When its layers are not here any more or cannot be unpacked.
+    pub(crate) async fn unpack(&self, image: &Image, snapshotter: &str) -> Result<()> {
+        let name = image.first_name();
+        let failed = |e: lighter_engine::transfer::Error| {
+            let cause = lighter_proto::errdefs::render(&e);
+            Error::unknown(format!(
+                "failed to unpack image {name:?} for snapshotter {snapshotter:?}: {cause}"
+            ))
+        };
+        let record = self.db.images().get(&self.scope, &name)?;
+        let target = Descriptor::from(record.target);
+        let request = UnpackRequest {
+            matcher: Matcher::host(),
+            snapshotter: snapshotter.to_owned(),
+        };
+        let hint = (!self.config.disable_snapshot_annotations).then(|| name.clone());
+        let lease = self.transfer.lease(&self.scope).await.map_err(failed)?;
+        let unpack = self
+            .transfer
+            .unpack(lease.scope(), &name, &target, request, hint);
+        let unpacked = unpack.await.map_err(failed);
+        lease.release().await;
+        unpacked
     }
 
     async fn inspect(&self, record: &Record) -> Result<Image> {

@@ -10,6 +10,8 @@ use lighter_store::Labels;
 
 /// Name of the image in the CRI namespace.
 pub const NAME: &str = "localhost/lighter/pause:1.1";
+/// The image that pods of a node commonly start with. Where it is pulled it stays, as kubelets expect.
+pub const CUSTOMARY: &str = "registry.k8s.io/pause:3.10.2";
 
 /// Where the program is loaded.
 const BASE: u64 = 0x40_0000;

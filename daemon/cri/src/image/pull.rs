@@ -303,12 +303,7 @@ impl Images {
             names.push(named.canonical());
         }
         let mut labels = Labels::from([(MANAGED_LABEL.0.to_owned(), MANAGED_LABEL.1.to_owned())]);
-        if self
-            .config
-            .pinned_images
-            .values()
-            .any(|p| names.contains(p))
-        {
+        if names.iter().any(|name| self.is_pinned(name)) {
             labels.insert(PINNED_LABEL.0.to_owned(), PINNED_LABEL.1.to_owned());
         }
         for name in names {

@@ -5,16 +5,19 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use lighter_engine::runtime::{CreateTask, Handle, Stdio};
+use lighter_proto::any;
+use lighter_proto::containerd::runc::v1::Options;
 use lighter_proto::runtime::v1::{
     ContainerConfig, ContainerEventType, ContainerState, ContainerUser, LinuxContainerUser,
-    NamespaceMode, Signal,
+    NamespaceMode, NamespaceOption,
 };
 use lighter_snapshotter::mount::{Access, TempMount};
-use nix::sys::signal::Signal as Native;
 use nix::sys::stat::Mode;
+use serde_json::Value;
 
 use super::output::writes_logs;
 use super::records::{CONTAINER, New};
+use super::signals::stop_signal;
 use super::{new_id, task_runtime};
 use crate::error::{Error, Result, io};
 use crate::image::Image;
@@ -41,51 +44,27 @@ fn cdi_devices(config: &ContainerConfig) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The number of `SIGTERM`, `TERM` or `15`.
-pub(super) fn signal_number(text: &str) -> Option<u32> {
-    let text = text.trim().to_ascii_uppercase();
-    if let Ok(number) = text.parse::<u32>() {
-        return (1..=64).contains(&number).then_some(number);
-    }
-    let name = if text.starts_with("SIG") {
-        text
-    } else {
-        format!("SIG{text}")
-    };
-    let real_time = |base: &str, first: u32| {
-        let offset = name.strip_prefix(base)?;
-        if offset.is_empty() {
-            Some(first)
-        } else {
-            offset
-                .parse::<i32>()
-                .ok()
-                .and_then(|o| first.checked_add_signed(o))
-        }
-    };
-    match name.as_str() {
-        "SIGPOLL" => Some(29),
-        "SIGCLD" => Some(17),
-        other => match other.parse::<Native>() {
-            Ok(signal) => u32::try_from(signal as i32).ok(),
-            Err(_) => real_time("SIGRTMIN", 34).or_else(|| real_time("SIGRTMAX", 64)),
-        },
-    }
+/// What a container asks of its namespaces.
+fn namespace_options(config: &ContainerConfig) -> Option<&NamespaceOption> {
+    let security = config.linux.as_ref()?.security_context.as_ref()?;
+    security.namespace_options.as_ref()
 }
 
-/// The signal that ends a container: asked for, else the image's, else SIGTERM.
-fn stop_signal(config: &ContainerConfig, image: &str) -> Result<u32> {
-    let asked = Signal::try_from(config.stop_signal)
-        .map_err(|_| Error::invalid(format!("unknown stop signal {}", config.stop_signal)))?;
-    let name = match asked {
-        Signal::RuntimeDefault if image.is_empty() => "SIGTERM".to_owned(),
-        Signal::RuntimeDefault => image.to_owned(),
-        other => other
-            .as_str_name()
-            .replace("PLUS", "+")
-            .replace("MINUS", "-"),
+/// Who a spec's process is on the machine. Its streams must be its own: it may open them again.
+fn host_owner(spec: &Value) -> (u32, u32) {
+    let mapped = |id: &str, lines: &str| {
+        let id = spec["process"]["user"][id].as_u64().unwrap_or_default();
+        let lines = spec["linux"][lines].as_array().into_iter().flatten();
+        let host = lines.filter_map(|line| {
+            let number = |key: &str| line[key].as_u64();
+            let (first, size) = (number("containerID")?, number("size")?);
+            let offset = id.checked_sub(first).filter(|o| *o < size)?;
+            number("hostID")?.checked_add(offset)
+        });
+        let host = host.last().unwrap_or_default();
+        u32::try_from(host).unwrap_or_default()
     };
-    signal_number(&name).ok_or_else(|| Error::invalid(format!("unknown stop signal {name:?}")))
+    (mapped("uid", "uidMappings"), mapped("gid", "gidMappings"))
 }
 
 /// Where the container's log goes; `None` when either half of the path is missing.
@@ -180,10 +159,18 @@ impl Plugin {
         let parent = image.chain_id.as_deref();
         let labels = crate::userns::snapshot_labels(pod.namespace_options());
         // The container's record, which is waited for, follows the snapshot's.
-        let prepared = snapshots.prepare_ahead(&scope, id, parent, labels);
+        let prepared = snapshots.prepare_ahead(&scope, id, parent, labels.clone());
         let (made, prepared) = tokio::join!(tokio::fs::create_dir_all(&dir), prepared);
         made.map_err(io("create", &dir))?;
-        let (rootfs, _with_the_record) = prepared?;
+        let (rootfs, _with_the_record) = match prepared {
+            // It was pulled for another snapshotter.
+            Err(error) if parent.is_some() && Error::from_store(&error).is_not_found() => {
+                self.images.unpack(image, snapshotter).await?;
+                let again = snapshots.prepare_ahead(&scope, id, parent, labels);
+                again.await?
+            }
+            other => other?,
+        };
         let stop_signal = stop_signal(&config, &image.process.stop_signal)?;
         let mut volumes = self.mount_images(pod, &mut config, snapshotter).await?;
         let declared = self.declared_volumes(id, &config, image, &rootfs);
@@ -375,12 +362,22 @@ impl Plugin {
         let runtime = task_runtime(self.handler(&pod.handler)?);
         let rootfs = snapshots.mounts(&self.scope, &container.id);
         let (rootfs, stdio) = tokio::join!(rootfs, self.stdio(container, &runtime));
-        let task = CreateTask {
+        let mut task = CreateTask {
             rootfs: rootfs?,
             stdio: stdio?,
             runtime,
             ..CreateTask::of(&record)
         };
+        if crate::userns::own(namespace_options(&container.config)).is_some() {
+            let known = task.options.as_ref();
+            let options = known.and_then(|o| any::unpack::<Options>(o).ok());
+            let (io_uid, io_gid) = host_owner(&serde_json::from_slice(&record.spec.value)?);
+            task.options = Some(any::pack(&Options {
+                io_uid,
+                io_gid,
+                ..options.unwrap_or_default()
+            }));
+        }
         let created = self.tasks.create(&self.scope, task).await;
         let handle =
             created.map_err(|e| Error::from(e).context("failed to create containerd task"))?;
@@ -477,16 +474,6 @@ fn encode_user(user: &User) -> ContainerUser {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn signals_have_names_and_numbers() {
-        assert_eq!(signal_number("SIGTERM"), Some(15));
-        assert_eq!(signal_number("usr1"), Some(10));
-        assert_eq!(signal_number("SIGRTMIN+3"), Some(37));
-        assert_eq!(signal_number("SIGRTMAX-1"), Some(63));
-        assert_eq!(signal_number("9"), Some(9));
-        assert_eq!(signal_number("SIGNONE"), None);
-    }
 
     #[test]
     fn a_log_path_is_escaped() {

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use lighter_proto::runtime::v1 as api;
 use lighter_proto::time;
 
+use super::signals::told_signal;
 use crate::plugin::Plugin;
 use crate::store::{Container, Pod};
 
@@ -98,7 +99,7 @@ impl Plugin {
             }),
             image_id: container.image_id.clone(),
             user: Some(container.user.clone()),
-            stop_signal: config.stop_signal,
+            stop_signal: told_signal(container).into(),
         }
     }
 }

@@ -5,6 +5,7 @@ use lighter_proto::containerd::runc::v1::Options;
 use lighter_store::metadata;
 use serde_json::{Map, Value, json};
 
+use super::records::envelope;
 use crate::error::Result;
 use crate::plugin::Plugin;
 use crate::store::{Container, Pod};
@@ -64,7 +65,7 @@ impl Plugin {
             "config": self.json.write(&pod.config)?,
             "runtimeSpec": spec_of(record.as_ref()),
             "cniResult": state.cni_result,
-            "sandboxMetadata": self.pod_metadata(pod)?,
+            "sandboxMetadata": envelope(&self.pod_metadata(pod)?, false),
             "overhead": resources(&state.overhead)?,
             "resources": resources(&state.resources)?,
         });

@@ -22,6 +22,7 @@ mod recover;
 mod rpc;
 mod salvage;
 mod service;
+mod signals;
 mod stats;
 mod stop;
 mod timers;

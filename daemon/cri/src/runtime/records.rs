@@ -93,7 +93,7 @@ pub(super) fn options(handler: &Handler) -> Option<Any> {
 }
 
 /// Metadata as extensions hold it.
-fn envelope(metadata: &Value, making: bool) -> Value {
+pub(super) fn envelope(metadata: &Value, making: bool) -> Value {
     let mut value = json!({ "Version": "v1", "Metadata": metadata });
     if making {
         value[MAKING] = json!(true);

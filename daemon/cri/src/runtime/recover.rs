@@ -289,7 +289,7 @@ impl Plugin {
                 log_path: log_path.map(PathBuf::from),
                 stop_signal: signal
                     .as_str()
-                    .and_then(super::containers::signal_number)
+                    .and_then(super::signals::signal_number)
                     .unwrap_or(15),
                 snapshotter: record.snapshotter.clone(),
                 user: user_from(&spec),

@@ -11,7 +11,8 @@ use std::sync::Arc;
 use lighter_proto::errdefs::ErrorKind;
 use lighter_proto::runtime::v1::{ContainerConfig, Mount};
 use lighter_snapshotter::mount::{self, Access, TempMount};
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, openat2};
+use rustix::io::Errno;
 use serde_json::Value;
 
 use super::copy::copy_tree;
@@ -26,30 +27,57 @@ use crate::userns;
 /// Most volumes that an image's config may declare.
 const MAX_DECLARED: usize = 1024;
 
+/// Option of an overlay that syncs nothing. Since Linux 5.10.
+const VOLATILE: &str = "volatile";
+
 /// Marks an error as one that the kubelet knows.
 fn failed(error: Error) -> Error {
     error.context("failed to mount image volume: ImageVolumeMountFailed")
 }
 
-/// The directory `path` below `root`, however its links lie; it does not leave `root`.
+/// The directory `path` below `root`. Nothing on the way may lead out of `root`: neither `..`, nor a
+/// link, nor an absolute path, which is one even where the image holds what it names.
 ///
 /// # Errors
-/// When it is missing or no directory.
+/// When it is missing, out of `root` or no directory, in the words that kubelets know.
 fn directory_below(root: &Path, path: &str) -> Result<PathBuf> {
-    let bad = |e: rustix::io::Errno| {
+    let failed = |why: &dyn std::fmt::Display| {
         Error::unknown(format!(
-            "failed to ensure image subpath {path:?} in {:?}: {}",
+            "failed to ensure image subpath {path:?} in {:?}: {why}",
             root.display(),
-            std::io::Error::from(e)
         ))
     };
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let bad = |e: Errno| match e {
+        Errno::XDEV => failed(&"path escapes from parent"),
+        Errno::NOENT => failed(&format_args!("openat {path}: no such file or directory")),
+        other => failed(&std::io::Error::from(other)),
+    };
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
     let root_fd = rustix::fs::open(root, flags, Mode::empty()).map_err(bad)?;
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     let found = openat2(&root_fd, path, flags, Mode::empty(), resolve).map_err(bad)?;
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(&found).map_err(bad)?.st_mode);
+    if kind != FileType::Directory {
+        return Err(failed(&format_args!(
+            "only directory subpath is supported, subpath: {path:?}, mountpoint: {:?}",
+            root.display()
+        )));
+    }
     let number = std::os::fd::AsRawFd::as_raw_fd(&found);
     let real = std::fs::read_link(format!("/proc/self/fd/{number}"));
     real.map_err(io("resolve", root))
+}
+
+/// Spares overlays with a writable layer, which nobody is let write to here, all syncing: unmounting
+/// one would otherwise wait for whatever the file system below has to write.
+fn make_volatile(mounts: &mut [lighter_snapshotter::Mount]) {
+    for mount in mounts.iter_mut().filter(|m| m.fstype == "overlay") {
+        let options = &mut mount.options;
+        let writable = options.iter().any(|o| o.starts_with("upperdir="));
+        if writable && !options.iter().any(|o| o == VOLATILE) {
+            options.push(VOLATILE.to_owned());
+        }
+    }
 }
 
 /// Whether something is mounted at a directory.
@@ -153,18 +181,28 @@ impl Plugin {
         let key = target.display().to_string();
         let scope = self.scope.with_lease(&pod.id);
         let labels = userns::snapshot_labels(pod.namespace_options());
-        let mounts = match snapshots.view(&scope, &key, Some(chain), labels).await {
-            Err(error) if Error::from_store(&error).is(ErrorKind::AlreadyExists) => {
-                snapshots.mounts(&scope, &key).await
+        let parent = Some(chain.as_str());
+        let make = async || {
+            let labels = labels.clone();
+            if labels.is_empty() {
+                snapshots.prepare(&scope, &key, parent, labels).await
+            } else {
+                // Owners are mapped in layers that nobody writes to.
+                snapshots.view(&scope, &key, parent, labels).await
             }
-            made => made,
         };
-        let mounts = mounts.map_err(|e| {
-            Error::from(e).context(format!(
-                "image {} is not unpacked for snapshotter {snapshotter}",
-                image.first_name()
-            ))
-        })?;
+        let mut mounts = match make().await {
+            Err(error) if Error::from_store(&error).is(ErrorKind::AlreadyExists) => {
+                snapshots.mounts(&scope, &key).await?
+            }
+            // It was pulled for another snapshotter.
+            Err(error) if Error::from_store(&error).is_not_found() => {
+                self.images.unpack(image, snapshotter).await?;
+                make().await?
+            }
+            made => made?,
+        };
+        make_volatile(&mut mounts);
         tokio::fs::create_dir_all(&target)
             .await
             .map_err(io("create", &target))?;
@@ -261,12 +299,19 @@ mod tests {
         let real = std::fs::canonicalize(&root).unwrap();
         assert_eq!(directory_below(&root, "a/b").unwrap(), real.join("a/b"));
         assert_eq!(
-            directory_below(&root, "absolute/b").unwrap(),
+            directory_below(&root, "a/../a/b").unwrap(),
             real.join("a/b")
         );
-        assert_eq!(directory_below(&root, "../../..").unwrap(), real);
-        for bad in ["file", "up", "missing"] {
-            assert!(directory_below(&root, bad).is_err(), "{bad}");
+        for (bad, why) in [
+            ("file", "only directory subpath is supported"),
+            ("missing", "no such file or directory"),
+            ("up", "path escapes from parent"),
+            ("absolute/b", "path escapes from parent"),
+            ("/a", "path escapes from parent"),
+            ("a/../..", "path escapes from parent"),
+        ] {
+            let refused = directory_below(&root, bad).unwrap_err().to_string();
+            assert!(refused.contains(why), "{bad}: {refused}");
         }
     }
 

@@ -115,7 +115,9 @@ impl Input<'_> {
     fn check(&self, security: &LinuxContainerSecurityContext) -> Result<()> {
         let pod = self.pod_security();
         if security.privileged && !pod.privileged {
-            return Err(Error::unknown("no privileged container allowed in sandbox"));
+            return Err(Error::unknown(
+                "failed to generate spec opts: no privileged container allowed in sandbox",
+            ));
         }
         let options = security.namespace_options.as_ref();
         userns::check(options)?;
@@ -290,6 +292,14 @@ impl Input<'_> {
             && let Some(cgroup) = cgroup
         {
             cgroup["options"] = json!(["nosuid", "noexec", "nodev", "relatime", "rw"]);
+        }
+        let of_pod = self.pod_security();
+        let pod_options = of_pod.namespace_options.as_ref();
+        if own_ids.is_some()
+            && pod_options.is_some_and(|o| o.network() == NamespaceMode::Node)
+            && let Some(sysfs) = defaults.iter_mut().find(|m| m["destination"] == "/sys")
+        {
+            *sysfs = mounts::host_sys();
         }
         Ok((mounts::assemble(defaults, asked), root_propagation))
     }

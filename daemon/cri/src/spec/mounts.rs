@@ -44,6 +44,16 @@ pub fn defaults(privileged: bool, cgroup: bool) -> Vec<Value> {
     mounts
 }
 
+/// The machine's `/sys`, for a user namespace on the machine's network: the kernel lets nobody mount a
+/// sysfs of a network that belongs to another.
+#[must_use]
+pub fn host_sys() -> Value {
+    json!({
+        "destination": "/sys", "type": "bind", "source": "/sys",
+        "options": ["rbind", "nosuid", "noexec", "nodev", "rro"],
+    })
+}
+
 /// The mounts of a configured base spec, else the defaults; writable where they are so for the
 /// privileged.
 #[must_use]

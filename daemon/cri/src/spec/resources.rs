@@ -97,7 +97,7 @@ fn set<const N: usize>(resources: &mut Value, part: &str, fields: [(&str, Value,
     }
 }
 
-/// The resources that a spec really asks, as CRI shows them; `None` when it asks none.
+/// The resources that a spec really asks, as CRI shows them, none as well; `None` for a spec of another system.
 #[must_use]
 pub fn recorded(spec: &Value) -> Option<LinuxContainerResources> {
     let resources = &spec["linux"]["resources"];
@@ -125,7 +125,7 @@ pub fn recorded(spec: &Value) -> Option<LinuxContainerResources> {
             .map(|(key, value)| (key.clone(), text(value)))
             .collect(),
     };
-    (recorded != LinuxContainerResources::default()).then_some(recorded)
+    spec["linux"].is_object().then_some(recorded)
 }
 
 /// Whether limits can be kept on this machine.

@@ -157,12 +157,8 @@ impl Input<'_> {
             locked(&self.files.shm, "/dev/shm"),
             locked(&self.files.resolv_conf, "/etc/resolv.conf"),
         ];
-        // The kernel lets nobody mount a sysfs of another's network.
         if self.netns.is_none() && userns::own(Some(options)).is_some() {
-            own.push(json!({
-                "destination": "/sys", "type": "bind", "source": "/sys",
-                "options": ["rbind", "nosuid", "noexec", "nodev", "rro"],
-            }));
+            own.push(mounts::host_sys());
         }
         let mut defaults = mounts::of_base(&self.base, false);
         defaults.retain(|mount| mount["destination"] != "/sys/fs/cgroup");

@@ -2,6 +2,7 @@
 //! taken apart here, the work is done by the files above.
 
 pub(super) mod checkpoint;
+mod config;
 pub(super) mod containers;
 pub(super) mod events;
 pub(super) mod exec;

@@ -131,16 +131,6 @@ impl Plugin {
             Some(error) => render(&*error),
             None => "OK".to_owned(),
         };
-        let runtime = &self.config.runtime;
-        let config = serde_json::json!({
-            "containerd": runtime.containerd,
-            "cni": runtime.cni,
-            "runtime": runtime,
-            "images": self.config.images,
-            "server": self.config.server,
-            "stateDir": self.state,
-            "rootDir": self.root,
-        });
         let networks = match self.cni.networks() {
             Ok(networks) => networks
                 .iter()
@@ -156,7 +146,7 @@ impl Plugin {
             "Networks": networks,
         });
         let mut info = HashMap::from([
-            ("config".to_owned(), config.to_string()),
+            ("config".to_owned(), self.told_config()?.to_string()),
             ("golang".to_owned(), serde_json::json!("").to_string()),
             ("lastCNILoadStatus".to_owned(), loaded(&self.cni)),
             ("lastCNILoadStatus.default".to_owned(), loaded(&self.cni)),
