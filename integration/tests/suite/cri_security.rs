@@ -87,7 +87,7 @@ async fn resizes_and_attached_clients_leave_nothing() -> Result {
         for n in 0..times {
             let transport = [Transport::SPDY, Transport::WEBSOCKET][n % 2];
             let missing = ["/no/such/program"];
-            let mut failing = exec(&node, &id, &missing, TERMINAL, transport).await?;
+            let failing = exec(&node, &id, &missing, TERMINAL, transport).await?;
             for size in 1..20 {
                 // It may have ended already.
                 if failing.resize(size, size).await.is_err() {
@@ -95,7 +95,7 @@ async fn resizes_and_attached_clients_leave_nothing() -> Result {
                 }
             }
             let _ = failing.finish().await;
-            let mut attached = attach(&node, &id, TERMINAL, transport).await?;
+            let attached = attach(&node, &id, TERMINAL, transport).await?;
             attached.resize(80, 24).await?;
         }
         anyhow::Ok(())

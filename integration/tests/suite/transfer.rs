@@ -246,9 +246,12 @@ async fn archives_that_say_two_things_or_too_much_are_refused() -> Result {
         let refused = import(&client, &archive, round, to).await.unwrap_err();
         assert!(refused.to_string().contains(why), "{refused}");
     }
-    let listed = client.images().list(images::ListImagesRequest::default());
+    let listed = client
+        .images()
+        .list(images::ListImagesRequest::default())
+        .await?;
     assert!(
-        listed.await?.into_inner().images.is_empty(),
+        listed.into_inner().images.is_empty(),
         "no image is recorded"
     );
     daemon.finish().await
