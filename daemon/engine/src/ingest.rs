@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use bytes::Bytes;
 use lighter_proto::errdefs::{Classify, ErrorKind, WireError, render};
-use lighter_store::metadata::Content;
+use lighter_store::metadata::{Content, Writer};
 use lighter_store::{Digest, Error as StoreError, Labels, Scope};
 use tokio::sync::mpsc;
 
@@ -35,6 +35,9 @@ fn wire<E: Classify>(error: &E) -> WireError {
 ///
 /// # Errors
 /// What the producer says, or why the store refused.
+///
+/// # Cancellation
+/// The ingest is removed in the background; a commit that was begun is finished.
 pub(crate) async fn ingest<T, F, L>(
     content: &Content,
     scope: &Scope,
@@ -47,10 +50,9 @@ where
     F: FnOnce(&mut Chunks) -> Result<T, WireError> + Send + 'static,
     L: FnOnce(&T) -> Labels,
 {
-    let mut writer = content
-        .writer(scope, reference, 0, None)
-        .await
-        .map_err(|e| wire(&e))?;
+    let opened = content.writer(scope, reference, 0, None).await;
+    let mut unfinished = Unfinished(Some(opened.map_err(|e| wire(&e))?));
+    let writer = unfinished.writer();
     if writer.status().offset_bytes > 0 {
         writer.truncate(0).await.map_err(|e| wire(&e))?;
     }
@@ -82,17 +84,19 @@ where
     let made = match written.and(made) {
         Ok(made) => made,
         Err(error) => {
-            drop(writer);
+            // Waited for: who tries again at once finds the ref free.
             let _gone = content.abort(scope, reference).await;
+            drop(unfinished.finish());
             return Err(error);
         }
     };
+    let writer = unfinished.writer();
     let digest = writer.digest().await.map_err(|e| wire(&e))?;
     let size_bytes = writer.status().offset_bytes;
-    let existed = match writer
-        .commit(size_bytes, Some(&digest), labels(&made))
-        .await
-    {
+    let commit = unfinished
+        .finish()
+        .commit(size_bytes, Some(&digest), labels(&made));
+    let existed = match commit.await {
         Ok(_) => false,
         Err(StoreError::AlreadyExists { .. }) => true,
         Err(error) => return Err(wire(&error)),
@@ -103,6 +107,27 @@ where
         made,
         existed,
     })
+}
+
+/// An ingest that is removed unless it is committed, whatever becomes of who writes it.
+struct Unfinished(Option<Writer>);
+
+impl Unfinished {
+    fn writer(&mut self) -> &mut Writer {
+        self.0.as_mut().expect("it is not committed yet")
+    }
+
+    fn finish(mut self) -> Writer {
+        self.0.take().expect("it is not committed yet")
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(writer) = self.0.take() {
+            writer.abandon();
+        }
+    }
 }
 
 /// A writer that hands chunks to whoever receives them; to be used on a blocking thread.

@@ -1,7 +1,8 @@
-//! Clients that go away in the middle of Apply, Transfer and Stream: nothing stays mounted, locked, leased
+//! Clients that go away in the middle of Apply, Diff, Transfer and Stream: nothing stays mounted, locked, leased
 //! or under way, and the same can be asked for again at once.
 
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use lighter_integration::{Blob, Client, Daemon, Image, Layer, Result, Subject, eventually};
@@ -97,6 +98,15 @@ fn descriptor(blob: &Blob) -> Result<types::Descriptor> {
     })
 }
 
+fn bind(path: &Path) -> types::Mount {
+    types::Mount {
+        r#type: "bind".into(),
+        source: path.display().to_string(),
+        options: vec!["rbind".into(), "rw".into()],
+        ..Default::default()
+    }
+}
+
 #[tokio::test]
 async fn in_the_middle_of_an_apply() -> Result {
     let daemon = Daemon::start().await?;
@@ -133,6 +143,42 @@ async fn in_the_middle_of_an_apply() -> Result {
     };
     let applied = client.diff().apply(request).await?.into_inner().applied;
     assert_eq!(applied.unwrap_or_default().digest, layer.diff_id);
+    daemon.finish().await
+}
+
+#[tokio::test]
+async fn in_the_middle_of_a_diff() -> Result {
+    let daemon = Daemon::start().await?;
+    let client = daemon.client().await?;
+    let (lower, upper) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    std::fs::write(upper.path().join("bulk"), bulk())?;
+    let mounted = daemon.mounts();
+    let request = diff::DiffRequest {
+        left: vec![bind(lower.path())],
+        right: vec![bind(upper.path())],
+        media_type: "application/vnd.oci.image.layer.v1.tar+gzip".to_owned(),
+        r#ref: "mine".to_owned(),
+        ..Default::default()
+    };
+    for moment in MOMENTS {
+        let leaver = daemon.client().await?;
+        let mut differ = leaver.diff();
+        let _left = tokio::time::timeout(moment, differ.diff(request.clone())).await;
+        drop((differ, leaver));
+        settled(&daemon, &client, "Diff/Diff").await?;
+        eventually("nothing is mounted any more", async || {
+            Ok((daemon.mounts() == mounted).then_some(()))
+        })
+        .await?;
+        if daemon.subject() == Subject::Lighter {
+            eventually("no ingest is left", async || {
+                Ok(ingests(&client).await?.is_empty().then_some(()))
+            })
+            .await?;
+        }
+    }
+    let made = client.diff().diff(request).await?.into_inner().diff;
+    assert!(made.is_some_and(|layer| layer.size > 1 << 20));
     daemon.finish().await
 }
 

@@ -27,7 +27,7 @@ use std::sync::Arc;
 use lighter_snapshotter::Snapshotter;
 
 pub use self::containers::{Container, Containers, Runtime};
-pub use self::content::Content;
+pub use self::content::{Content, Writer};
 pub use self::encoded::EncodedContainers;
 pub use self::images::{Descriptor, Image, Images};
 pub use self::leases::{Lease, Leases, Resource};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use lighter_proto::containerd::events::ContentCreate;
 
-use super::{forget_ingest, release_file, shared_status};
+use super::{Content, forget_ingest, release_file, shared_status};
 use crate::content::{Ingest, IngestStatus, Open, RefGuard, blob_exists, digest_mismatch};
 use crate::events::topic;
 use crate::metadata::db::{Change, Discarded, Inner};
@@ -131,6 +131,21 @@ impl Writer {
                 reason: "the ingest is shared".to_owned(),
             }),
         }
+    }
+
+    /// Removes it in the background, for whoever is cut off while writing. The ref is free afterwards and
+    /// not before, so that nobody's next attempt is removed.
+    pub fn abandon(self) {
+        let content = Content {
+            inner: self.inner.clone(),
+        };
+        let tasks = self.inner.tasks.clone();
+        tasks.spawn(async move {
+            if let Err(error) = content.abort(&self.scope, &self.reference).await {
+                tracing::debug!(%error, r#ref = self.reference, "an ingest was not removed");
+            }
+            drop(self);
+        });
     }
 
     /// Makes it a blob: size (when not 0) and digest (when given) must match, bytes and record are
