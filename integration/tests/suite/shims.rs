@@ -70,6 +70,59 @@ async fn the_others_shim_outlives_its_daemon() -> Result {
     daemon.finish().await
 }
 
+/// What others write their shims with: its handshake, its socket, its events, and methods that are not
+/// there. Not on Debian's containerd: the crate answers `start` with JSON, which 1.6 takes for an address.
+#[tokio::test]
+async fn a_shim_made_with_the_containerd_shim_crate_is_served() -> Result {
+    if Subject::of_run() == Subject::Containerd {
+        return Ok(());
+    }
+    let (mut daemon, client, _, top) = ready().await?;
+    let spec = Spec::new(daemon.namespace(), "k", &["true"]);
+    let shim = env!("CARGO_BIN_EXE_crate-shim");
+    let container = client
+        .create_on("k", &top, &spec, "overlayfs", shim, None)
+        .await?;
+    let pid = client.create_task(&container, None).await?;
+    assert_eq!(client.task("k", "").await?.status(), Status::Created);
+    assert_eq!(client.start("k", "").await?, pid);
+    assert_eq!(client.task("k", "").await?.status(), Status::Running);
+    let pause = lighter_proto::containerd::services::tasks::v1::PauseTaskRequest {
+        container_id: "k".to_owned(),
+    };
+    let refused = client.tasks().pause(pause).await.expect_err("it cannot");
+    assert!(
+        refused.message().contains("containerd.task.v3.Task/Pause"),
+        "{refused}"
+    );
+    assert_eq!(client.task("k", "").await?.status(), Status::Running);
+    daemon.kill()?;
+    daemon.boot().await?;
+    let client = daemon.client().await?;
+    let task = eventually("the task is found", async || {
+        Ok(client.task("k", "").await.ok())
+    })
+    .await?;
+    assert_eq!((task.status(), task.pid), (Status::Running, pid));
+    client.kill("k", "", 9).await?;
+    assert_eq!(client.wait("k", "").await?.status, 137);
+    assert_eq!(client.task("k", "").await?.status(), Status::Stopped);
+    assert_eq!(client.delete_task("k").await?.status, 137);
+    client.delete(&container).await?;
+    // Its events: those to a daemon that was away meanwhile are lost in the crate.
+    let mut events = crate::events::subscribe(&client, &daemon).await;
+    let container = client
+        .create_on("told", &top, &spec, "overlayfs", shim, None)
+        .await?;
+    client.create_task(&container, None).await?;
+    client.start("told", "").await?;
+    client.kill("told", "", 9).await?;
+    assert_eq!(events.task_exit("told").await?.exit_status, 137);
+    assert_eq!(client.delete_task("told").await?.status, 137);
+    client.delete(&container).await?;
+    daemon.finish().await
+}
+
 /// Only ours: containerd 1.6 takes every shim for a speaker of ttrpc, and 2.4 takes a connection over
 /// gRPC that it has just made, which is idle, for one that ended.
 #[tokio::test]

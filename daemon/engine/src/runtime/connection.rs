@@ -165,10 +165,16 @@ impl Connection {
         }
         match self.request(TASK_V3, method, request.clone(), limit).await {
             Err(error)
-                if lacks_service(&error) && self.inner.bootstrap.protocol == Protocol::Ttrpc =>
+                if lacks(&error, TASK_V3) && self.inner.bootstrap.protocol == Protocol::Ttrpc =>
             {
-                self.inner.version.store(2, Ordering::Relaxed);
-                self.request(TASK_V2, method, request, limit).await
+                match self.request(TASK_V2, method, request, limit).await {
+                    // It has neither: what it lacks is this one method.
+                    Err(second) if lacks(&second, TASK_V2) => Err(error),
+                    answer => {
+                        self.inner.version.store(2, Ordering::Relaxed);
+                        answer
+                    }
+                }
             }
             answer => answer,
         }
@@ -261,11 +267,11 @@ impl Connection {
     }
 }
 
-/// Whether the shim answered that it knows no such service or method.
-fn lacks_service(error: &WireError) -> bool {
-    error.kind == ErrorKind::Unimplemented
-        // Servers of the Rust library say it with another code.
-        || (error.message.contains(TASK_V3) && matches!(error.kind, ErrorKind::NotFound | ErrorKind::InvalidArgument))
+/// Whether the shim answered that it knows no such service, or no such method of it.
+fn lacks(error: &WireError, service: &str) -> bool {
+    // Servers of the Rust library say it with other codes.
+    let others = matches!(error.kind, ErrorKind::NotFound | ErrorKind::InvalidArgument);
+    error.kind == ErrorKind::Unimplemented || others && error.message.contains(service)
 }
 
 async fn bounded<T>(
