@@ -114,7 +114,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            cache_bytes: 16 << 20,
+            cache_bytes: 4 << 20,
             ballast_bytes: 16 << 20,
             journal_bytes: 4 << 20,
         }
