@@ -148,8 +148,20 @@ impl Plugin {
             if first {
                 Self::signal(&handle, container.stop_signal, false).await?;
             }
-            if tokio::time::timeout(limit, container.ended()).await.is_ok() {
+            let patience = time_left().map_or(limit, |left| limit.min(left));
+            if tokio::time::timeout(patience, container.ended())
+                .await
+                .is_ok()
+            {
                 return Ok(());
+            }
+            if patience < limit {
+                // It has not had the time that it was given: whoever asks again decides.
+                let message = format!(
+                    "an error occurs during waiting for container {:?} to be stopped: context deadline exceeded",
+                    container.id
+                );
+                return Err(Error::new(ErrorKind::DeadlineExceeded, message));
             }
         }
         Self::signal(&handle, SIGKILL, false).await?;
