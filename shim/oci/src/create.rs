@@ -64,7 +64,7 @@ impl Runtime {
         check_labels(process, &linux.mount_label)?;
         let mut namespaces = Namespaces::plan(linux)?;
         check_sysctls(linux, &namespaces)?;
-        check_names(&spec, &namespaces)?;
+        check_names(spec, &namespaces)?;
         if request.network.is_some() && linux.net_devices.is_empty() {
             namespaces.take_network();
         }
