@@ -124,6 +124,8 @@ impl Process {
         }
         if self.status == Status::Created {
             self.status = Status::Running;
+            // A start that was refused for a moment, of a paused task, leaves nothing behind.
+            self.failed = None;
         }
     }
 
