@@ -15,7 +15,7 @@ use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -325,6 +325,24 @@ async fn docker() -> Result<Column> {
     })
 }
 
+/// buildkitd over `daemon`, configured by what is in `dir`.
+fn buildkitd(folder: &Path, address: &str, dir: &Path, daemon: &Daemon) -> Result<Child> {
+    let log = std::fs::File::create(dir.join("log"))?;
+    Command::new(folder.join("buildkitd"))
+        .args(["--addr", address, "--oci-worker=false"])
+        .arg("--config")
+        .arg(dir.join("buildkitd.toml"))
+        .arg("--root")
+        .arg(dir.join("root"))
+        .arg("--containerd-worker-addr")
+        .arg(daemon.address())
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("start buildkitd")
+}
+
 /// BuildKit with its containerd worker: a build, the same one from its cache, what is kept of it.
 async fn buildkit(folder: &Path) -> Result<Column> {
     let (daemon, metrics) = daemon(None).await?;
@@ -333,8 +351,10 @@ async fn buildkit(folder: &Path) -> Result<Column> {
     let host = base.split('/').next().unwrap_or_default();
     let dir = daemon.dir().join("buildkit");
     std::fs::create_dir(&dir)?;
-    let config = dir.join("buildkitd.toml");
-    std::fs::write(&config, format!("[registry.{host:?}]\n  http = true\n"))?;
+    std::fs::write(
+        dir.join("buildkitd.toml"),
+        format!("[registry.{host:?}]\n  http = true\n"),
+    )?;
     let context = dir.join("context");
     std::fs::create_dir(&context)?;
     std::fs::write(context.join("note"), "text")?;
@@ -344,20 +364,7 @@ async fn buildkit(folder: &Path) -> Result<Column> {
     )?;
     let before = counters(&metrics)?;
     let address = format!("unix://{}", dir.join("sock").display());
-    let log = std::fs::File::create(dir.join("log"))?;
-    let mut server = Command::new(folder.join("buildkitd"))
-        .args(["--addr", &address, "--oci-worker=false"])
-        .arg("--config")
-        .arg(&config)
-        .arg("--root")
-        .arg(dir.join("root"))
-        .arg("--containerd-worker-addr")
-        .arg(daemon.address())
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .context("start buildkitd")?;
+    let mut server = buildkitd(folder, &address, &dir, &daemon)?;
     let context = context.display().to_string();
     let (sources, file) = (
         format!("context={context}"),

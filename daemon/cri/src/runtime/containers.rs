@@ -54,15 +54,14 @@ fn namespace_options(config: &ContainerConfig) -> Option<&NamespaceOption> {
 fn host_owner(spec: &Value) -> (u32, u32) {
     let mapped = |id: &str, lines: &str| {
         let id = spec["process"]["user"][id].as_u64().unwrap_or_default();
-        let lines = spec["linux"][lines].as_array().into_iter().flatten();
-        let host = lines.filter_map(|line| {
+        let mut lines = spec["linux"][lines].as_array().into_iter().flatten();
+        let host = lines.find_map(|line| {
             let number = |key: &str| line[key].as_u64();
             let (first, size) = (number("containerID")?, number("size")?);
             let offset = id.checked_sub(first).filter(|o| *o < size)?;
             number("hostID")?.checked_add(offset)
         });
-        let host = host.last().unwrap_or_default();
-        u32::try_from(host).unwrap_or_default()
+        u32::try_from(host.unwrap_or_default()).unwrap_or_default()
     };
     (mapped("uid", "uidMappings"), mapped("gid", "gidMappings"))
 }
@@ -153,24 +152,7 @@ impl Plugin {
         image: &Image,
         snapshotter: &str,
     ) -> Result<Arc<Container>> {
-        let dir = self.container_root(id);
-        let scope = self.scope.with_lease(&pod.id);
-        let snapshots = self.db.snapshots(snapshotter)?;
-        let parent = image.chain_id.as_deref();
-        let labels = crate::userns::snapshot_labels(pod.namespace_options());
-        // The container's record, which is waited for, follows the snapshot's.
-        let prepared = snapshots.prepare_ahead(&scope, id, parent, labels.clone());
-        let (made, prepared) = tokio::join!(tokio::fs::create_dir_all(&dir), prepared);
-        made.map_err(io("create", &dir))?;
-        let (rootfs, _with_the_record) = match prepared {
-            // It was pulled for another snapshotter.
-            Err(error) if parent.is_some() && Error::from_store(&error).is_not_found() => {
-                self.images.unpack(image, snapshotter).await?;
-                let again = snapshots.prepare_ahead(&scope, id, parent, labels);
-                again.await?
-            }
-            other => other?,
-        };
+        let rootfs = self.container_rootfs(pod, id, image, snapshotter).await?;
         let stop_signal = stop_signal(&config, &image.process.stop_signal)?;
         let mut volumes = self.mount_images(pod, &mut config, snapshotter).await?;
         let declared = self.declared_volumes(id, &config, image, &rootfs);
@@ -240,6 +222,35 @@ impl Plugin {
         };
         made.update(|s| s.created_at = created_at);
         Ok(made)
+    }
+
+    /// A container's directory and writable layer, which is durable when the container's record is:
+    /// that follows, and is waited for.
+    async fn container_rootfs(
+        &self,
+        pod: &Pod,
+        id: &str,
+        image: &Image,
+        snapshotter: &str,
+    ) -> Result<Vec<lighter_snapshotter::Mount>> {
+        let dir = self.container_root(id);
+        let scope = self.scope.with_lease(&pod.id);
+        let snapshots = self.db.snapshots(snapshotter)?;
+        let parent = image.chain_id.as_deref();
+        let labels = crate::userns::snapshot_labels(pod.namespace_options());
+        let prepared = snapshots.prepare_ahead(&scope, id, parent, labels.clone());
+        let (made, prepared) = tokio::join!(tokio::fs::create_dir_all(&dir), prepared);
+        made.map_err(io("create", &dir))?;
+        let (rootfs, _with_the_record) = match prepared {
+            // It was pulled for another snapshotter.
+            Err(error) if parent.is_some() && Error::from_store(&error).is_not_found() => {
+                self.images.unpack(image, snapshotter).await?;
+                let again = snapshots.prepare_ahead(&scope, id, parent, labels);
+                again.await?
+            }
+            other => other?,
+        };
+        Ok(rootfs)
     }
 
     /// Who the container runs as, by the tables of its root filesystem.
