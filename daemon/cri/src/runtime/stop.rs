@@ -330,6 +330,10 @@ impl Plugin {
         self.plugins_remove_pod(pod).await;
         turn.at("remove");
         self.erase_pod(pod).await?;
+        turn.at("end of the shim");
+        for id in containers.iter().map(|c| &c.id).chain([&pod.id]) {
+            self.tasks.cleared(&self.scope.namespace, id).await;
+        }
         let seen = self.look(&pod.id);
         self.store.pods.remove(&pod.id);
         self.store.release(&pod.name);

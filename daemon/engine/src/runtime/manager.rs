@@ -381,6 +381,14 @@ impl Manager {
         }
     }
 
+    /// Waits until nothing is left of a task that was deleted: its shim has ended, unless it serves
+    /// others, and its bundle is gone. At once where there is no such task, or one that lives.
+    pub async fn cleared(&self, namespace: &Namespace, id: &str) {
+        if let Some(Slot::Removing(mut removed)) = self.slot(namespace, id) {
+            let _freed = removed.changed().await;
+        }
+    }
+
     fn slot(&self, namespace: &Namespace, id: &str) -> Option<Slot> {
         self.shared.slots().get(namespace)?.get(id).cloned()
     }
