@@ -9,6 +9,7 @@ use std::time::SystemTime;
 
 use async_trait::async_trait;
 use containerd_shim::event::Event as _;
+use containerd_shim::monitor::{Subject, Subscription, Topic, monitor_subscribe};
 use containerd_shim::protos::events::task::TaskExit;
 use containerd_shim::protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim::publisher::RemotePublisher;
@@ -46,8 +47,6 @@ impl Shim for Sleeper {
     type T = Served;
 
     async fn new(_: &str, flags: &Flags, config: &mut Config) -> Self {
-        // The task is reaped by who started it.
-        config.no_reaper = true;
         config.no_setup_logger = true;
         Self {
             id: flags.id.clone(),
@@ -81,6 +80,30 @@ impl Shim for Sleeper {
     }
 }
 
+/// Waits for the end of the task, and says so.
+async fn told(pid: u32, mut exits: Subscription, shim: Sleeper, publisher: Arc<RemotePublisher>) {
+    while let Some(exit) = exits.rx.recv().await {
+        if !matches!(exit.subject, Subject::Pid(of) if u32::try_from(of) == Ok(pid)) {
+            continue;
+        }
+        let code = u32::try_from(exit.exit_code).unwrap_or(255);
+        let at = SystemTime::now();
+        shim.task.send_modify(|task| task.exit = Some((code, at)));
+        let mut event = TaskExit::new();
+        event.set_container_id(shim.id.clone());
+        event.set_id(shim.id.clone());
+        event.set_pid(pid);
+        event.set_exit_status(code);
+        event.set_exited_at(stamp(at));
+        let topic = event.topic();
+        // A daemon that is away learns of it by asking.
+        let _ = publisher
+            .publish(Context::default(), &topic, &shim.namespace, Box::new(event))
+            .await;
+        return;
+    }
+}
+
 /// The task service of a shim that runs.
 struct Served {
     shim: Sleeper,
@@ -103,7 +126,11 @@ impl Task for Served {
         let others = |e: std::io::Error| {
             containerd_shim::protos::ttrpc::Error::Others(format!("start sleep: {e}"))
         };
-        let mut child = Command::new("sleep")
+        // Before there is anything to end: the crate reaps.
+        let exits = monitor_subscribe(Topic::Pid).await.map_err(|e| {
+            containerd_shim::protos::ttrpc::Error::Others(format!("watch exits: {e}"))
+        })?;
+        let child = Command::new("sleep")
             .arg("1000")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -115,26 +142,13 @@ impl Task for Served {
             task.bundle = request.bundle.clone();
             task.pid = pid;
         });
-        let (shim, publisher) = (self.shim.clone(), Arc::clone(&self.publisher));
-        let runtime = tokio::runtime::Handle::current();
-        std::thread::spawn(move || {
-            use std::os::unix::process::ExitStatusExt as _;
-            let status = child.wait();
-            let signal = status.ok().and_then(|s| s.signal()).unwrap_or_default();
-            let (code, at) = (128 + signal.unsigned_abs(), SystemTime::now());
-            shim.task.send_modify(|task| task.exit = Some((code, at)));
-            let mut event = TaskExit::new();
-            event.set_container_id(shim.id.clone());
-            event.set_id(shim.id.clone());
-            event.set_pid(pid);
-            event.set_exit_status(code);
-            event.set_exited_at(stamp(at));
-            let topic = event.topic();
-            let told =
-                publisher.publish(Context::default(), &topic, &shim.namespace, Box::new(event));
-            // A daemon that is away learns of it by asking.
-            let _ = runtime.block_on(told);
-        });
+        #[allow(clippy::disallowed_methods, reason = "it ends with the process")]
+        tokio::spawn(told(
+            pid,
+            exits,
+            self.shim.clone(),
+            Arc::clone(&self.publisher),
+        ));
         let mut answer = api::CreateTaskResponse::new();
         answer.set_pid(pid);
         Ok(answer)

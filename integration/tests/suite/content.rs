@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
-use lighter_integration::{Daemon, Result, image};
+use lighter_integration::{Daemon, Result, Subject, image};
 use lighter_proto::containerd::services::content::v1 as api;
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
@@ -139,6 +139,10 @@ async fn an_ingest_resumes_where_it_stopped() -> Result {
 
 #[tokio::test]
 async fn a_reopened_ingest_tells_the_times_that_its_writer_was_told() -> Result {
+    if Subject::of_run() == Subject::Containerd {
+        // The reference of that age tells the file's time, by the kernel's coarse clock.
+        return Ok(());
+    }
     let daemon = Daemon::start().await?;
     let client = daemon.client().await?;
     for round in 0..20 {

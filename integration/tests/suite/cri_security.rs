@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use lighter_integration::cri::stream::Transport;
 use lighter_integration::cri::{Node, Settings, newer};
-use lighter_integration::{Image, Layer, Result, eventually};
+use lighter_integration::{Image, Layer, Result, Subject, eventually};
 use lighter_proto::containerd::services::containers::v1::GetContainerRequest;
 use lighter_proto::runtime::v1 as api;
 use serde_json::json;
@@ -77,6 +77,10 @@ async fn output_of_a_command_is_bounded_in_bytes_and_time() -> Result {
 /// attached client, left work behind that nobody would end.
 #[tokio::test]
 async fn resizes_and_attached_clients_leave_nothing() -> Result {
+    if Subject::of_run() == Subject::Containerd {
+        // The reference of that age has the flaws of some of these advisories.
+        return Ok(());
+    }
     let node = Node::start().await?;
     let pod = node.run_pod("left").await?;
     let mut config = node.container("main", &["sleep", "3600"]);

@@ -29,6 +29,10 @@ async fn sleeper(
 
 #[tokio::test]
 async fn a_daemon_that_stops_sends_away_who_waits_and_ends_no_process() -> Result {
+    if Subject::of_run() == Subject::Containerd {
+        // The reference of that age closes the connection without an answer.
+        return Ok(());
+    }
     let (mut daemon, client, _, top) = ready().await?;
     let (container, _) = sleeper(&daemon, &client, &top).await?;
     let pid = client.task("c", "").await?.pid;
@@ -70,6 +74,10 @@ async fn a_daemon_that_stops_sends_away_who_waits_and_ends_no_process() -> Resul
 
 #[tokio::test]
 async fn an_input_that_the_client_keeps_open_holds_up_no_delete() -> Result {
+    if Subject::of_run() == Subject::Containerd {
+        // The reference's shim takes no input without an output.
+        return Ok(());
+    }
     let (daemon, client, _, top) = ready().await?;
     let fifo = |name: &str| -> Result<String> {
         let path = daemon.dir().join(name);
@@ -109,6 +117,10 @@ async fn an_input_that_the_client_keeps_open_holds_up_no_delete() -> Result {
 
 #[tokio::test]
 async fn the_request_decides_whether_an_exec_has_a_terminal() -> Result {
+    if Subject::of_run() == Subject::Containerd {
+        // The reference's shim takes no file for what a terminal says.
+        return Ok(());
+    }
     let (daemon, client, _, top) = ready().await?;
     let (container, spec) = sleeper(&daemon, &client, &top).await?;
     for (exec_id, terminal, told) in [("with", true, 0), ("without", false, 1)] {
