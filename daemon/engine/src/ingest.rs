@@ -50,8 +50,7 @@ where
     F: FnOnce(&mut Chunks) -> Result<T, WireError> + Send + 'static,
     L: FnOnce(&T) -> Labels,
 {
-    let opened = content.writer(scope, reference, 0, None).await;
-    let mut unfinished = Unfinished(Some(opened.map_err(|e| wire(&e))?));
+    let mut unfinished = open(content, scope, reference).await?;
     let writer = unfinished.writer();
     if writer.status().offset_bytes > 0 {
         writer.truncate(0).await.map_err(|e| wire(&e))?;
@@ -107,6 +106,23 @@ where
         made,
         existed,
     })
+}
+
+/// Opens an ingest in a task of its own: one that its caller did not wait for is removed as well.
+async fn open(content: &Content, scope: &Scope, reference: &str) -> Result<Unfinished, WireError> {
+    let (content, scope, reference) = (content.clone(), scope.clone(), reference.to_owned());
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "it ends with the opening of a file, whoever waits for it"
+    )]
+    let opening = tokio::spawn(async move {
+        let opened = content.writer(&scope, &reference, 0, None).await;
+        opened.map(|writer| Unfinished(Some(writer)))
+    });
+    let opened = opening
+        .await
+        .map_err(|e| WireError::new(ErrorKind::Internal, e.to_string()))?;
+    opened.map_err(|e| wire(&e))
 }
 
 /// An ingest that is removed unless it is committed, whatever becomes of who writes it.
