@@ -93,6 +93,12 @@ async fn a_container_that_should_run_is_started_and_started_again() -> Result {
     let uri = format!("file://{}", log.display());
     label(&client, "sleeper", &[(STATUS, "running"), (LOG, &uri)]).await?;
     let first = running(&client, "sleeper", 0).await?;
+    // Not before it wrote: it may be killed between its start and its first word.
+    eventually("the first wrote to the log", async || {
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        Ok((text == "up\n").then_some(()))
+    })
+    .await?;
     client.kill("sleeper", "", 9).await?;
     running(&client, "sleeper", first).await?;
     eventually("both wrote to the log", async || {
