@@ -64,6 +64,20 @@ impl Line {
         self.stream.get_ref()
     }
 
+    /// Whether there are bytes to read now. They are taken from the socket at once, whatever the
+    /// reactor knows of it, and the next read has them.
+    pub fn look(&mut self) -> bool {
+        if self.taken < self.buffer.len() {
+            return true;
+        }
+        self.buffer.resize(BUFFER_BYTES, 0);
+        // An end or a failure is left for the read that waits for it.
+        let count = self.stream.get_ref().read(&mut self.buffer).unwrap_or(0);
+        self.buffer.truncate(count);
+        self.taken = 0;
+        count > 0
+    }
+
     /// Tries `write` at once, and again whenever there is room.
     fn poll_written(
         &mut self,
@@ -229,6 +243,23 @@ mod tests {
         other.read_exact(&mut byte).await.unwrap();
         one.shutdown().await.unwrap();
         assert_eq!(other.read(&mut byte).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_a_look_found_is_read_first() {
+        let (mut one, mut other) = pair();
+        assert!(!other.look());
+        let sent: Vec<u8> = (0..BUFFER_BYTES + 10).map(|n| n.to_le_bytes()[0]).collect();
+        one.write_all(&sent).await.unwrap();
+        assert!(other.look());
+        assert!(other.look());
+        let mut got = vec![0; sent.len()];
+        other.read_exact(&mut got).await.unwrap();
+        assert_eq!(got, sent);
+        assert!(!other.look());
+        drop(one);
+        assert!(!other.look());
+        assert_eq!(other.read(&mut got).await.unwrap(), 0);
     }
 
     #[tokio::test]

@@ -13,6 +13,8 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::connection::Eager;
+
 /// Bytes that every client begins with.
 const PREFACE_BYTES: usize = 24;
 /// Bytes of a frame's header.
@@ -303,6 +305,12 @@ impl<S> AnyAuthority<S> {
             stream,
             finder: Finder::new(),
         }
+    }
+}
+
+impl<S: Eager> Eager for AnyAuthority<S> {
+    fn look(&mut self) -> bool {
+        self.stream.look()
     }
 }
 

@@ -20,7 +20,7 @@ use tower::Layer as _;
 use tracing::{debug, warn};
 
 use super::authority::AnyAuthority;
-use super::connection::{BeginHere, Gathering};
+use super::connection::{BeginHere, Eager, Gathering, Seat};
 use super::metrics::Metrics;
 use super::observe::{InFlight, Observe, Observed};
 
@@ -42,6 +42,7 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 pub(crate) struct Serving {
     service: Observed<Routes>,
     stop: CancellationToken,
+    seat: Seat,
 }
 
 impl Serving {
@@ -56,6 +57,7 @@ impl Serving {
             // Routes are looked up on each request: prepared once.
             service: Observe::new(in_flight, metrics).layer(routes.prepare()),
             stop,
+            seat: Seat::default(),
         }
     }
 
@@ -122,7 +124,7 @@ impl Serving {
     /// One connection to its end; told to stop, it takes no more requests.
     async fn talk<S>(self, stream: S)
     where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        S: AsyncRead + AsyncWrite + Eager + Unpin + Send + 'static,
     {
         let requests = TaskTracker::new();
         let stream = Gathering::new(AnyAuthority::new(stream));
@@ -136,7 +138,7 @@ impl Serving {
                 TokioIo::new(stream.clone()),
                 TowerToHyperService::new(self.service),
             );
-        let mut connection = pin!(stream.drive(connection));
+        let mut connection = pin!(stream.drive(connection, self.seat, requests.clone()));
         let mut stopping = false;
         loop {
             tokio::select! {
