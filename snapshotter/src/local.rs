@@ -217,8 +217,9 @@ impl<D: Driver> Inner<D> {
             .create(&self.dirs, &record)
             .and_then(|()| self.driver.mounts(&self.dirs, &record))
             .and_then(|mounts| {
-                // Whoever tells the client waits; see `Snapshotter::durable`.
-                drop(self.records.insert(draft, &record)?);
+                // Whoever tells the client waits, most often for a record of his own that follows;
+                // see `Snapshotter::durable`.
+                self.records.insert(draft, &record)?.with_next();
                 Ok(mounts)
             });
         if result.is_err()

@@ -6,7 +6,8 @@
 //!                     └─ wake ─► committer: sync, then `durable = n' ≥ n`┘
 //! ```
 //!
-//! Batches applied while the committer syncs share its next sync. Hooks of a batch run on the
+//! The committer is woken by who waits for a ticket or drops it. Batches applied while the committer
+//! syncs share its next sync. Hooks of a batch run on the
 //! committer, in the order of the batches, after its sync and before its ticket is released. A
 //! failed or panicking write or sync stops the database: what is on disk is no longer known, so
 //! every pending and later ticket fails.
@@ -17,13 +18,13 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::ticket::{Durable, Progress};
+use crate::ticket::{Durable, Progress, Wake};
 use crate::{Backend, Change, Error, Hook, Key, Value};
 
 /// After this long without a commit the backend may tidy up.
@@ -40,8 +41,6 @@ pub(crate) struct Shared {
     applied: AtomicU64,
     /// Hooks of batches that are not durable yet, with their batch's number. Pushed under `writer`.
     hooks: Mutex<VecDeque<(u64, Hook)>>,
-    /// The committer sleeps here; the flag says that there is work or that it should end.
-    wake: (Mutex<Wake>, Condvar),
     progress: Arc<Progress>,
     failed: OnceLock<String>,
     /// Sender: whoever sees the first failure. Receivers: those who wait for one. Closed when the
@@ -58,12 +57,6 @@ impl std::fmt::Debug for Shared {
             .field("failed", &self.failed)
             .finish_non_exhaustive()
     }
-}
-
-#[derive(Debug, Default)]
-struct Wake {
-    work: bool,
-    stop: bool,
 }
 
 /// The last handle's drop ends the committer.
@@ -83,8 +76,8 @@ impl std::ops::Deref for Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        lock(&self.shared.wake.0).stop = true;
-        self.shared.wake.1.notify_one();
+        lock(&self.shared.progress.wake.0).stop = true;
+        self.shared.progress.wake.1.notify_one();
         let Some(committer) = self.committer.take() else {
             return;
         };
@@ -102,7 +95,6 @@ impl Handle {
             writer: Mutex::new(()),
             applied: AtomicU64::new(0),
             hooks: Mutex::default(),
-            wake: (Mutex::default(), Condvar::new()),
             progress: Arc::default(),
             failed: OnceLock::new(),
             stopped: watch::channel(()).0,
@@ -196,11 +188,10 @@ impl Shared {
     fn wait_for_work(&self) -> Option<bool> {
         let idle = |wake: &mut Wake| !wake.work && !wake.stop;
         let unsettled = self.backend.unsettled();
-        let wake = lock(&self.wake.0);
+        let (lock_of, sleeper) = &self.progress.wake;
+        let wake = lock(lock_of);
         let mut wake = if unsettled {
-            let (wake, waited) = self
-                .wake
-                .1
+            let (wake, waited) = sleeper
                 .wait_timeout_while(wake, SETTLE_AFTER, idle)
                 .unwrap_or_else(PoisonError::into_inner);
             if waited.timed_out() {
@@ -208,8 +199,7 @@ impl Shared {
             }
             wake
         } else {
-            self.wake
-                .1
+            sleeper
                 .wait_while(wake, idle)
                 .unwrap_or_else(PoisonError::into_inner)
         };
@@ -314,11 +304,6 @@ impl Writer<'_> {
 
     pub(crate) fn ticket(&self) -> Durable {
         let number = self.shared.applied.load(Ordering::Acquire);
-        let progress = self.shared.progress.clone();
-        if !progress.reached(number) {
-            lock(&self.shared.wake.0).work = true;
-            self.shared.wake.1.notify_one();
-        }
-        Durable { number, progress }
+        Durable::new(number, self.shared.progress.clone())
     }
 }

@@ -5,14 +5,24 @@
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use crate::Error;
 
 /// How far the committer is, and who waits for it.
 #[derive(Debug, Default)]
-pub(crate) struct Progress(Mutex<State>);
+pub(crate) struct Progress {
+    state: Mutex<State>,
+    /// The committer sleeps here; the flags say that there is work or that it should end.
+    pub(crate) wake: (Mutex<Wake>, Condvar),
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Wake {
+    pub(crate) work: bool,
+    pub(crate) stop: bool,
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -28,7 +38,16 @@ struct State {
 
 impl Progress {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the committer make the change durable.
+    fn call(&self, number: u64) {
+        if !self.reached(number) {
+            let wake = self.wake.0.lock();
+            wake.unwrap_or_else(PoisonError::into_inner).work = true;
+            self.wake.1.notify_one();
+        }
     }
 
     /// Whether the change is durable.
@@ -60,15 +79,43 @@ impl Progress {
 
 /// The promise that a change will be durable; await it before saying that the change stands.
 ///
-/// Dropping it does not undo the change.
+/// Dropping it does not undo the change, and has it made durable as well.
 #[derive(Debug)]
 #[must_use = "a change is durable only when its ticket was awaited"]
 pub struct Durable {
-    pub(crate) number: u64,
-    pub(crate) progress: Arc<Progress>,
+    number: u64,
+    progress: Arc<Progress>,
+    /// The committer knows, or need not.
+    called: bool,
+}
+
+impl Drop for Durable {
+    fn drop(&mut self) {
+        self.call();
+    }
 }
 
 impl Durable {
+    pub(crate) fn new(number: u64, progress: Arc<Progress>) -> Self {
+        Self {
+            number,
+            progress,
+            called: false,
+        }
+    }
+
+    fn call(&mut self) {
+        if !std::mem::replace(&mut self.called, true) {
+            self.progress.call(self.number);
+        }
+    }
+
+    /// Leaves the change to the commit of a change that follows at once, and whose ticket is awaited:
+    /// one for both.
+    pub fn with_next(mut self) {
+        self.called = true;
+    }
+
     /// Waits until the change is on disk.
     ///
     /// # Errors
@@ -76,11 +123,11 @@ impl Durable {
     ///
     /// # Cancellation
     /// Safe to drop; the change stays applied and becomes durable with the next commit.
-    pub async fn wait(self) -> Result<(), Error> {
-        let Self { number, progress } = self;
+    pub async fn wait(mut self) -> Result<(), Error> {
+        self.call();
         let waiting = Waiting {
-            number,
-            progress: &progress,
+            number: self.number,
+            progress: &self.progress,
             own: None,
         };
         waiting.await
@@ -174,10 +221,7 @@ mod tests {
         let progress = Arc::new(Progress::default());
         let mut waiting = Vec::new();
         for number in 1..=3 {
-            let ticket = Durable {
-                number,
-                progress: progress.clone(),
-            };
+            let ticket = Durable::new(number, progress.clone());
             let (count, mut wait) = (Arc::new(Count::default()), Box::pin(ticket.wait()));
             let waker = count.clone().into();
             assert!(
@@ -196,14 +240,31 @@ mod tests {
         drop(dropped);
         assert!(progress.state().waiting.is_empty());
         progress.fail("the disk");
-        let late = Durable {
-            number: 3,
-            progress: progress.clone(),
-        };
+        let late = Durable::new(3, progress.clone());
         assert!(matches!(late.wait_blocking(), Err(Error::Stopped { .. })));
         for (_, wait) in waiting {
             futures_ready(wait);
         }
+    }
+
+    #[test]
+    fn the_committer_is_called_by_who_waits_or_gives_up_and_not_for_what_goes_with_the_next() {
+        let progress = Arc::new(Progress::default());
+        let called = || std::mem::take(&mut progress.wake.0.lock().unwrap().work);
+        let ticket = || Durable::new(1, progress.clone());
+        ticket().with_next();
+        assert!(!called());
+        drop(ticket());
+        assert!(called());
+        let mut wait = Box::pin(ticket().wait());
+        assert!(!called());
+        let pending = wait.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        assert!(pending.is_pending() && called());
+        drop(wait);
+        assert!(!called());
+        progress.advance(1);
+        drop(ticket());
+        assert!(!called());
     }
 
     fn futures_ready(mut wait: Pin<Box<impl Future<Output = Result<(), Error>>>>) {

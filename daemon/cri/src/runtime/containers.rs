@@ -241,7 +241,7 @@ impl Plugin {
         let prepared = snapshots.prepare_ahead(&scope, id, parent, labels.clone());
         let (made, prepared) = tokio::join!(tokio::fs::create_dir_all(&dir), prepared);
         made.map_err(io("create", &dir))?;
-        let (rootfs, _with_the_record) = match prepared {
+        let (rootfs, ticket) = match prepared {
             // It was pulled for another snapshotter.
             Err(error) if parent.is_some() && Error::from_store(&error).is_not_found() => {
                 self.images.unpack(image, snapshotter).await?;
@@ -250,6 +250,7 @@ impl Plugin {
             }
             other => other?,
         };
+        ticket.with_next();
         Ok(rootfs)
     }
 
