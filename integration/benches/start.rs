@@ -136,10 +136,58 @@ async fn daemons() -> Result {
     for row in &mut rows {
         row.print();
     }
+    crowds(&all)?;
     for c in all {
         c.daemon.finish().await?;
     }
     Ok(())
+}
+
+/// Lives that are lived at a time by several, and by each of them.
+const CROWD: usize = 8;
+const EACH: usize = 5;
+
+/// Lives per second when `CROWD` live them at a time: of the kernel's floor too, which is what two
+/// processors can do at all.
+fn crowds(all: &[Contender]) -> Result {
+    let names = all.iter().map(|c| c.name).chain(["floor"]);
+    let mut row = Row::new("lifecycle of true, 8 at a time", "containers/s", names);
+    let mut floors = (0..CROWD)
+        .map(|_| Floor::start())
+        .collect::<Result<Vec<_>>>()?;
+    for round in 0..rounds(10) {
+        for c in all {
+            let mut leans = (0..CROWD).map(|_| c.lean()).collect::<Result<Vec<_>>>()?;
+            let rate = at_a_time(&mut leans, |name, lean| {
+                c.steps(lean, &format!("m{round}-{name}")).map(|_| ())
+            })?;
+            row.add(c.name, rate);
+        }
+        let rate = at_a_time(&mut floors, |_, floor| floor.live().map(|_| ()))?;
+        row.add("floor", rate);
+    }
+    floors.into_iter().try_for_each(Floor::end)?;
+    row.print();
+    Ok(())
+}
+
+/// Has every one of `who` live its lives, all at a time: how many a second.
+fn at_a_time<W: Send>(who: &mut [W], live: impl Fn(&str, &mut W) -> Result + Sync) -> Result<f64> {
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        let live = &live;
+        let lives: Vec<_> = who
+            .iter_mut()
+            .enumerate()
+            .map(|(worker, who)| {
+                scope.spawn(move || (0..EACH).try_for_each(|n| live(&format!("{worker}-{n}"), who)))
+            })
+            .collect();
+        lives
+            .into_iter()
+            .try_for_each(|lives| lives.join().expect("no worker panics"))
+    })?;
+    Ok((CROWD * EACH) as f64 / begun.elapsed().as_secs_f64())
 }
 
 /// A bundle that every runtime runs, and the runtimes.

@@ -17,6 +17,8 @@ const WINDOW_BYTES: u32 = 16 << 20;
 /// Payload of the frames it sends, as a Go client's.
 const FRAME_BYTES: usize = 16 << 10;
 const SEND_BUFFER_BYTES: usize = 32 << 10;
+/// Room for any frame that it allows (RFC 9113, 4.2), and much of what a socket holds.
+const READ_BUFFER_BYTES: usize = 512 << 10;
 
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
@@ -35,9 +37,10 @@ pub(crate) struct Lean {
     socket: UnixStream,
     namespace: String,
     next_stream: u32,
-    /// Bytes read and not yet taken apart.
+    /// Bytes read and not yet taken apart: `begin..end` of it.
     read: Vec<u8>,
     begin: usize,
+    end: usize,
     /// Bytes that wait to be written.
     write: Vec<u8>,
     /// Read since the last window update.
@@ -60,8 +63,9 @@ impl Lean {
             socket: UnixStream::connect(address)?,
             namespace: namespace.to_owned(),
             next_stream: 1,
-            read: Vec::with_capacity(1 << 20),
+            read: vec![0; READ_BUFFER_BYTES],
             begin: 0,
+            end: 0,
             write: Vec::with_capacity(2 * SEND_BUFFER_BYTES),
             unacknowledged: 0,
             send_window: 65_535,
@@ -120,7 +124,7 @@ impl Lean {
 
     fn event(&mut self) -> Result<Event> {
         loop {
-            while self.read.len() - self.begin < 9 {
+            while self.end - self.begin < 9 {
                 self.fill()?;
             }
             let head = &self.read[self.begin..self.begin + 9];
@@ -128,7 +132,7 @@ impl Lean {
                 usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
             let (kind, flags) = (head[3], head[4]);
             let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
-            while self.read.len() - self.begin < 9 + length {
+            while self.end - self.begin < 9 + length {
                 self.fill()?;
             }
             let begin = self.begin + 9;
@@ -180,17 +184,14 @@ impl Lean {
     }
 
     fn fill(&mut self) -> Result {
-        if self.begin == self.read.len() {
-            self.read.clear();
-            self.begin = 0;
-        } else if self.begin > 1 << 19 {
-            self.read.drain(..self.begin);
-            self.begin = 0;
+        if self.begin == self.end {
+            (self.begin, self.end) = (0, 0);
+        } else if self.begin > READ_BUFFER_BYTES / 2 {
+            self.read.copy_within(self.begin..self.end, 0);
+            (self.begin, self.end) = (0, self.end - self.begin);
         }
-        let have = self.read.len();
-        self.read.resize(have + (256 << 10), 0);
-        let came = self.socket.read(&mut self.read[have..])?;
-        self.read.truncate(have + came);
+        let came = self.socket.read(&mut self.read[self.end..])?;
+        self.end += came;
         ensure!(came > 0, "the daemon closed the connection");
         Ok(())
     }
@@ -273,7 +274,7 @@ impl Lean {
                     }
                     Event::Window(..) => {}
                 }
-                if self.begin == self.read.len() {
+                if self.begin == self.end {
                     break;
                 }
             }
