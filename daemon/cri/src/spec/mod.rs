@@ -19,11 +19,15 @@ use serde_json::{Value, json};
 /// Search path of a process whose image sets none.
 pub const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// Version of the runtime spec that a spec says it follows. What later versions added is used where it is
+/// asked for, and runtimes take it or leave it; but crun, up to 1.8 at least, refuses any other version.
+const OCI_VERSION: &str = "1.0.2";
+
 /// What a spec starts from when no base spec is configured.
 #[must_use]
 pub fn base() -> Value {
     json!({
-        "ociVersion": "1.2.0",
+        "ociVersion": OCI_VERSION,
         "process": {
             "user": { "uid": 0, "gid": 0 },
             "args": [],
