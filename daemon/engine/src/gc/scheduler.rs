@@ -6,6 +6,8 @@
 //!                                                   └───────────────────────────────────────────┘
 //! ```
 //!
+//! As many removals as `deletion_threshold` says cut the interval short.
+//!
 //! What records gave up by themselves (a removed snapshot's directory) goes soon after, without a
 //! collection. A failed run is repeated after the interval and a second.
 
@@ -57,6 +59,15 @@ impl Default for Config {
             keep_unknown: false,
         }
     }
+}
+
+/// How long to wait before the next run.
+#[derive(Debug, Clone, Copy)]
+enum Pause {
+    /// Removals may cut it short.
+    Interval(Duration),
+    /// After a run that failed: in any case.
+    Failed(Duration),
 }
 
 /// A handle on the collector; clones share it.
@@ -156,11 +167,14 @@ impl Collector {
 
     async fn collect(&self) -> Result<Summary, Error> {
         let began = Instant::now();
-        let _counted = self.inner.db.take_counts();
+        let counted = self.inner.db.take_counts();
         let engines = self.engines().clone();
         let db = self.inner.db.clone();
         let swept = blocking(move || sweep::sweep(&db, &engines)).await;
-        let (mut summary, unkept) = swept.map_err(failed)?;
+        let (mut summary, unkept) = swept.map_err(|error| {
+            self.inner.db.give_back(counted);
+            failed(error)
+        })?;
         sweep::remove_items(&unkept, &mut summary).await;
         summary.reclaimed = self.inner.db.reclaim().await;
         summary.took = began.elapsed();
@@ -203,7 +217,7 @@ impl Collector {
         {
             tracing::warn!(%error, "stores are not reconciled");
         }
-        let mut interval = self.timed().await;
+        let mut pause = self.timed().await;
         loop {
             // Not cancel-safe branches do not matter: both only wake the loop.
             tokio::select! {
@@ -214,29 +228,43 @@ impl Collector {
                 db.reclaim().await;
             }
             let counts = db.counts();
-            let at_once =
-                config.deletion_threshold > 0 && counts.removals >= config.deletion_threshold;
-            if !at_once && counts.removals == 0 && counts.mutations < config.mutation_threshold {
+            if counts.removals == 0 && counts.mutations < config.mutation_threshold {
                 continue;
             }
-            let wait = if at_once { Duration::ZERO } else { interval };
-            tokio::time::sleep(config.schedule_delay + wait).await;
-            interval = self.timed().await;
+            match pause {
+                Pause::Interval(wait) => self.gather(wait).await,
+                // What failed is not hurried: removals ask for it at once again and again.
+                Pause::Failed(wait) => tokio::time::sleep(wait).await,
+            }
+            tokio::time::sleep(config.schedule_delay).await;
+            pause = self.timed().await;
+        }
+    }
+
+    /// Waits until `wait` is over, or until there are as many removals as start a run at once.
+    async fn gather(&self, wait: Duration) {
+        let Inner { db, config, .. } = &*self.inner;
+        let end = tokio::time::Instant::now() + wait;
+        while config.deletion_threshold == 0 || db.counts().removals < config.deletion_threshold {
+            tokio::select! {
+                () = db.removed() => {}
+                () = tokio::time::sleep_until(end) => break,
+            }
         }
     }
 
     /// Runs once; returns how long to wait before the next.
-    async fn timed(&self) -> Duration {
+    async fn timed(&self) -> Pause {
         let outcome = self.run_now().await;
-        let (took, pause) = match &outcome {
-            Ok(summary) => (summary.took.max(LEAST_RUN), Duration::ZERO),
+        let share = self.inner.config.pause_threshold.clamp(0.001, 0.5);
+        let interval = |took: Duration| took.mul_f64(1.0 / share) - took;
+        match outcome {
+            Ok(summary) => Pause::Interval(interval(summary.took.max(LEAST_RUN))),
             Err(error) => {
                 tracing::warn!(%error, "a collection failed; it is tried again");
-                (LEAST_RUN, FAILED_PAUSE)
+                Pause::Failed(interval(LEAST_RUN) + FAILED_PAUSE)
             }
-        };
-        let share = self.inner.config.pause_threshold.clamp(0.001, 0.5);
-        took.mul_f64(1.0 / share) - took + pause
+        }
     }
 }
 

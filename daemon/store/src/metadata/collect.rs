@@ -280,6 +280,19 @@ impl Db {
         }
     }
 
+    /// Gives back what was taken for a collection that failed: another is asked for, whatever was
+    /// counted.
+    pub fn give_back(&self, counts: Counts) {
+        let activity = &self.inner.activity;
+        activity
+            .mutations
+            .fetch_add(counts.mutations, Ordering::Relaxed);
+        activity
+            .deletions
+            .fetch_add(counts.removals.max(1), Ordering::Relaxed);
+        activity.removed.notify_one();
+    }
+
     /// Mutations and removals since they were last taken.
     #[must_use]
     pub fn counts(&self) -> Counts {

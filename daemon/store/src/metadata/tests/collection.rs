@@ -48,6 +48,21 @@ async fn only_removals_ask_for_a_collection() {
 }
 
 #[tokio::test]
+async fn counts_given_back_ask_for_a_collection() {
+    let World { db, dir: _dir, .. } = world();
+    db.leases()
+        .create(&scope("a"), "l", Labels::new())
+        .await
+        .unwrap();
+    let counts = db.take_counts();
+    assert_eq!(counts.removals, 0);
+    db.give_back(counts);
+    db.removed().await;
+    let again = db.take_counts();
+    assert_eq!((again.mutations, again.removals), (counts.mutations, 1));
+}
+
+#[tokio::test]
 async fn an_open_ingest_outlives_its_lease() {
     let World { db, dir: _dir, .. } = world();
     let a = scope("a");
