@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use lighter_store::Labels;
 use lighter_store::labels::{self, GC_REF_CONTENT};
+use lighter_store::{Digest, Labels};
 
 use super::{Descriptor, media};
 
@@ -49,6 +49,15 @@ pub fn gc_labels(children: &[Descriptor], layers: Layers) -> Labels {
         found.insert(key, child.digest.to_string());
     }
     found
+}
+
+/// Label by which a manifest keeps one that says something about it.
+#[must_use]
+pub fn referrer_label(referrer: &Digest) -> (String, String) {
+    let hex: String = referrer.hex().chars().take(12).collect();
+    let algorithm = referrer.algorithm().as_str();
+    let key = format!("{GC_REF_CONTENT}.referrer.{algorithm}.{hex}");
+    (key, referrer.to_string())
 }
 
 /// The ref under which a blob is written.
@@ -138,6 +147,17 @@ mod tests {
             ]
         );
         assert_eq!(gc_labels(&children, Layers::Discard).len(), 3);
+    }
+
+    #[test]
+    fn referrers_are_labelled_by_the_start_of_their_digest() {
+        let digest = Digest::of(b"");
+        let (key, value) = referrer_label(&digest);
+        assert_eq!(
+            key,
+            "containerd.io/gc.ref.content.referrer.sha256.e3b0c44298fc"
+        );
+        assert_eq!(value, digest.as_str());
     }
 
     #[test]

@@ -339,6 +339,7 @@ impl Import<'_> {
                     }
                 }
                 Document::Manifest(manifest) => {
+                    self.refer(&descriptor, manifest.subject.as_ref()).await?;
                     let missing = |child: &&Descriptor| {
                         !media::is_non_distributable(&child.media_type)
                             && self.content.info(self.scope, &child.digest).is_err()
@@ -354,6 +355,29 @@ impl Import<'_> {
             }
             Ok(())
         })
+    }
+
+    /// Has what `referrer` says something about keep it: it gets no image of its own.
+    async fn refer(
+        &self,
+        referrer: &Descriptor,
+        subject: Option<&Descriptor>,
+    ) -> Result<(), Error> {
+        let noted = referrer.annotations.get(image::children::SUBJECT);
+        let noted = noted.and_then(|digest| Digest::parse(digest).ok());
+        let Some(subject) = subject.map(|subject| subject.digest.clone()).or(noted) else {
+            return Ok(());
+        };
+        // The subject may have stayed where the archive was made.
+        if self.content.info(self.scope, &subject).is_err() {
+            return Ok(());
+        }
+        let (key, value) = image::children::referrer_label(&referrer.digest);
+        let mask = [format!("labels.{key}")];
+        let labels = Labels::from([(key, value)]);
+        let content = &self.content;
+        content.update(self.scope, &subject, labels, &mask).await?;
+        Ok(())
     }
 
     /// What `docker save` writes: manifests are made from its list.

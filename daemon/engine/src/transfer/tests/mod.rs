@@ -410,6 +410,51 @@ async fn an_archive_without_names_is_taken_for_its_blobs() {
 }
 
 #[tokio::test]
+async fn an_imported_manifest_keeps_its_referrers() {
+    use crate::image::children::{SUBJECT, referrer_label};
+    use crate::image::{Descriptor, media};
+
+    let image = TestImage::new(1);
+    let note = serde_json::to_vec(&serde_json::json!({
+        "schemaVersion": 2, "mediaType": media::OCI_MANIFEST,
+        "config": image.config.to_wire(), "layers": [],
+        "subject": image.manifest.to_wire(),
+    }))
+    .expect("json");
+    let mut referrer = Descriptor::of(media::OCI_MANIFEST, &note);
+    let subject = image.manifest.digest.to_string();
+    referrer.annotations.insert(SUBJECT.to_owned(), subject);
+    let index = serde_json::to_vec(&serde_json::json!({
+        "schemaVersion": 2, "mediaType": media::OCI_INDEX,
+        "manifests": [image.manifest.to_wire(), referrer.to_wire()],
+    }))
+    .expect("json");
+    let path = |digest: &Digest| format!("blobs/sha256/{}", digest.hex());
+    let mut files = vec![
+        (
+            "oci-layout".to_owned(),
+            br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec(),
+        ),
+        ("index.json".to_owned(), index),
+        (path(&referrer.digest), note),
+    ];
+    for part in [&image.manifest, &image.config, &image.layers[0]] {
+        let (_, bytes) = &image.blobs[&part.digest.to_string()];
+        files.push((path(&part.digest), bytes.clone()));
+    }
+    let files: Vec<(&str, &[u8])> = files.iter().map(|(n, b)| (n.as_str(), &b[..])).collect();
+    let bench = Bench::new().await;
+    bench
+        .import(tar_of(&files), bench::prefixed("import", true))
+        .await
+        .expect("imported");
+    let content = bench.db.content();
+    let info = content.info(&bench.scope, &image.manifest.digest);
+    let (key, value) = referrer_label(&referrer.digest);
+    assert_eq!(info.expect("stored").labels.get(&key), Some(&value));
+}
+
+#[tokio::test]
 async fn hostile_and_broken_archives_are_refused() {
     let good = TestImage::new(1);
     let index = r#"{"manifests":[]}"#;
