@@ -16,6 +16,7 @@ use prost_types::Any;
 use super::bundle::Bundle;
 use super::error::Error;
 use super::manager::{CreateTask, Manager, Shared};
+use crate::image::blocking;
 use crate::ingest::{Chunks, ingest};
 
 /// Media type of criu's files in a tar.
@@ -128,12 +129,7 @@ pub(super) async fn restore_path(
     }
     let digest = Digest::parse(&checkpoint.digest).map_err(StoreError::from)?;
     let scope = Scope::new(bundle.namespace.clone());
-    let reader = shared
-        .db
-        .content()
-        .reader(&scope, &digest)
-        .await?
-        .into_std()?;
+    let reader = blocking(shared.db.content().reader(&scope, &digest).await?)?;
     let dir = bundle.work.join("checkpoint");
     let target = dir.clone();
     tokio::task::spawn_blocking(move || unpack(reader, &target))
