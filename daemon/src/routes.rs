@@ -130,7 +130,11 @@ pub(crate) async fn routes(engines: Engines, limits: MessageLimits, graph: &Grap
     serve!("version", VersionServer, VersionService);
     serve!("introspection", IntrospectionServer, introspection);
     serve!("diff", DiffServer, DiffService::new(differs));
-    serve!("mounts", MountsServer, MountsService::new(mounts));
+    serve!(
+        "mounts",
+        MountsServer,
+        MountsService::new(mounts, db.leases())
+    );
     serve!("sandboxes", StoreServer, SandboxStore::new(&db));
     serve!(
         "sandbox-controllers",

@@ -7,8 +7,10 @@ use lighter_engine::mounts::{Activate, Activation, Mounts};
 use lighter_proto::containerd::services::mounts::v1 as api;
 use lighter_proto::containerd::services::mounts::v1::mounts_server::Mounts as MountsRpc;
 use lighter_proto::containerd::types::{ActivationInfo, ActiveMount};
-use lighter_proto::errdefs::{ErrorKind, WireError, into_status};
+use lighter_proto::errdefs::{Classify, ErrorKind, WireError, into_status};
 use lighter_proto::time::to_timestamp;
+use lighter_store::Scope;
+use lighter_store::metadata::Leases;
 use tonic::{Request, Response, Status};
 
 use super::scope::scope_of;
@@ -18,12 +20,28 @@ use super::wire::{filter, labels, unordered};
 #[derive(Debug, Clone)]
 pub(crate) struct MountsService {
     mounts: Mounts,
+    leases: Leases,
 }
 
 impl MountsService {
-    /// Over all activations.
-    pub(crate) fn new(mounts: Mounts) -> Self {
-        Self { mounts }
+    /// Over all activations; `leases` may own them.
+    pub(crate) fn new(mounts: Mounts, leases: Leases) -> Self {
+        Self { mounts, leases }
+    }
+
+    /// Fails when the request names a lease that does not exist.
+    fn check_lease(&self, scope: &Scope) -> Result<(), Status> {
+        let Some(lease) = &scope.lease else {
+            return Ok(());
+        };
+        match self.leases.get(scope, lease) {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Err(into_status(WireError::new(
+                ErrorKind::NotFound,
+                "lease does not exist",
+            ))),
+            Err(error) => Err(into_status(error)),
+        }
     }
 }
 
@@ -66,6 +84,7 @@ impl MountsRpc for MountsService {
         request: Request<api::ActivateRequest>,
     ) -> Result<Response<api::ActivateResponse>, Status> {
         let scope = scope_of(&request)?;
+        self.check_lease(&scope)?;
         let request = request.into_inner();
         let mounts: Vec<_> = request.mounts.into_iter().map(Into::into).collect();
         let (engine, labels) = (self.mounts.clone(), labels(request.labels));
