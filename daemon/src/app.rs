@@ -391,6 +391,7 @@ fn runtime_config(config: &Config, db: Db, mounts: Mounts) -> anyhow::Result<run
         _ => LogLevel::Info,
     };
     let timeouts = config.timeouts;
+    let socket_dir = config.plugins.shim_manager.socket_dir();
     Ok(runtime::Config {
         root: config.root.clone(),
         state: config.state.clone(),
@@ -402,7 +403,8 @@ fn runtime_config(config: &Config, db: Db, mounts: Mounts) -> anyhow::Result<run
             level,
             config.plugins.shim_manager.env.clone(),
         )
-        .with_warm_shims(config.plugins.shim_manager.warm_shims),
+        .with_warm_shims(config.plugins.shim_manager.warm_shims)
+        .with_socket_dir(socket_dir.map_err(anyhow::Error::msg)?),
         timeouts: runtime::Timeouts {
             shim_load: timeouts.shim_load,
             shim_cleanup: timeouts.shim_cleanup,

@@ -138,6 +138,31 @@ pub(crate) struct ShimManager {
     pub(crate) env: Vec<String>,
     /// Shims of ours that are started ahead of need; 0 starts each when it is needed.
     pub(crate) warm_shims: usize,
+    /// Directory of the shims' sockets in place of their own choice.
+    pub(crate) socket_dir: String,
+}
+
+impl ShimManager {
+    /// Longest directory, in bytes: a socket's path has room for no more beside its name.
+    const MAX_SOCKET_DIR_BYTES: usize = 42;
+
+    /// The directory of sockets, if one is configured.
+    ///
+    /// # Errors
+    /// When no socket could be made in it.
+    pub(crate) fn socket_dir(&self) -> Result<Option<String>, String> {
+        let dir = &self.socket_dir;
+        if dir.is_empty() {
+            return Ok(None);
+        }
+        if !dir.starts_with('/') || dir.len() > Self::MAX_SOCKET_DIR_BYTES {
+            return Err(format!(
+                "socket_dir {dir:?} of io.containerd.shim.v1.manager: want an absolute path of at most {} bytes",
+                Self::MAX_SOCKET_DIR_BYTES
+            ));
+        }
+        Ok(Some(dir.clone()))
+    }
 }
 
 impl Default for ShimManager {
@@ -145,6 +170,7 @@ impl Default for ShimManager {
         Self {
             env: Vec::new(),
             warm_shims: 2,
+            socket_dir: String::new(),
         }
     }
 }

@@ -88,6 +88,7 @@ fn defaults() -> Result<Table, toml::ser::Error> {
         [plugins."io.containerd.shim.v1.manager"]
         env = []
         warm_shims = 2
+        socket_dir = ""
 
         [plugins."io.containerd.service.v1.diff-service"]
         default = ["walking"]

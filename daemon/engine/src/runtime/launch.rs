@@ -107,6 +107,8 @@ pub struct Launcher {
     pub log_level: LogLevel,
     /// `KEY=value` pairs for every shim.
     pub env: Vec<String>,
+    /// Directory for the sockets of shims; they choose where there is none.
+    socket_dir: Option<String>,
     /// Which form works for a binary that was started before.
     forms: Mutex<HashMap<Identity, Form>>,
     /// Shims of ours that wait to be used.
@@ -141,6 +143,7 @@ impl Launcher {
             binary,
             log_level,
             env,
+            socket_dir: None,
             forms: Mutex::default(),
             nurseries: Nurseries::new(0),
         }
@@ -150,6 +153,13 @@ impl Launcher {
     #[must_use]
     pub fn with_warm_shims(mut self, ready: usize) -> Self {
         self.nurseries = Nurseries::new(ready);
+        self
+    }
+
+    /// Has shims make their sockets in `dir`.
+    #[must_use]
+    pub fn with_socket_dir(mut self, dir: Option<String>) -> Self {
+        self.socket_dir = dir;
         self
     }
 
@@ -362,7 +372,7 @@ impl Launcher {
                 })
                 .into_iter()
                 .collect(),
-            socket_dir: None,
+            socket_dir: self.socket_dir.clone(),
         }
     }
 
