@@ -19,6 +19,9 @@ use crate::{Error, Namespace};
 /// thousand subscribers that never read hold only pointers to the same events.
 pub const QUEUE_EVENTS: usize = 8192;
 
+/// What Go clients send for a time that was never set.
+const GO_ZERO_SECONDS: i64 = -62_135_596_800;
+
 /// The exchange; clones share it.
 #[derive(Debug, Clone)]
 pub struct Exchange {
@@ -108,7 +111,7 @@ impl Exchange {
         topic::check(&envelope.topic)?;
         if envelope
             .timestamp
-            .is_none_or(|t| t.seconds == 0 && t.nanos == 0)
+            .is_none_or(|t| matches!(t.seconds, 0 | GO_ZERO_SECONDS) && t.nanos == 0)
         {
             return Err(invalid(
                 "timestamp must be set on forwarded event".to_owned(),
@@ -338,6 +341,13 @@ mod tests {
             exchange.forward(envelope).expect_err("refused").kind()
         };
         assert_eq!(bad(|e| e.timestamp = None), ErrorKind::InvalidArgument);
+        let never = |e: &mut Envelope| {
+            e.timestamp = Some(prost_types::Timestamp {
+                seconds: GO_ZERO_SECONDS,
+                nanos: 0,
+            });
+        };
+        assert_eq!(bad(never), ErrorKind::InvalidArgument);
         assert_eq!(bad(|e| e.namespace.clear()), ErrorKind::InvalidArgument);
         assert_eq!(
             bad(|e| e.topic = "/tasks/?".into()),

@@ -145,7 +145,7 @@ fn unquote(inner: &str, quote: char) -> Option<String> {
                 let digits = [first, rest.next()?, rest.next()?];
                 out.push(u8::try_from(number(digits.into_iter(), 8)?).ok()?);
             }
-            'x' => out.push(u8::try_from(number(rest.by_ref().take(2), 16)?).ok()?),
+            'x' => out.push(u8::try_from(number(exactly(&mut rest, 2)?.chars(), 16)?).ok()?),
             'u' => push_char(&mut out, number(exactly(&mut rest, 4)?.chars(), 16)?)?,
             'U' => push_char(&mut out, number(exactly(&mut rest, 8)?.chars(), 16)?)?,
             _ => return None,

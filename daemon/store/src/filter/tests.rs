@@ -97,6 +97,10 @@ fn errors_say_where_and_why() {
         ("id foo", "[id  >|f|< oo]: expected an operator"),
         ("a\0", "[a >|\0|< ]: unexpected null"),
         ("id==\"\\q\"", "unquoting failed"),
+        ("id==\"\\x4\"", "unquoting failed"),
+        ("id==\"\\x4g\"", "unquoting failed"),
+        ("id==\"\\u123\"", "unquoting failed"),
+        ("id==\"\\12\"", "unquoting failed"),
     ] {
         let error = Filter::parse(&[filter]).expect_err(filter).to_string();
         assert!(error.starts_with("filters: parse error: "), "{error}");

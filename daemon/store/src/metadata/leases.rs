@@ -53,25 +53,33 @@ impl Fields for Lease {
 
 impl Resource {
     fn check(&self) -> Result<(), Error> {
-        match self.kind.as_str() {
-            KIND_CONTENT => {
+        let kind = self.kind.as_str();
+        let (first, rest) = match kind.split_once('/') {
+            Some((first, rest)) => (first, Some(rest)),
+            None => (kind, None),
+        };
+        match (first, rest) {
+            (KIND_CONTENT, None) => {
                 Digest::parse(&self.id)?;
             }
-            KIND_INGESTS | KIND_IMAGES => {}
-            kind => match kind.split_once('/') {
-                Some(("snapshots", snapshotter))
-                    if !snapshotter.is_empty() && !snapshotter.contains('/') => {}
-                Some(("snapshots", _)) | None if kind.starts_with("snapshots") => {
-                    return Err(Error::Invalid {
-                        reason: format!("invalid snapshot resource type: {kind}"),
-                    });
-                }
-                _ => {
-                    return Err(Error::Unimplemented {
-                        what: format!("resource type {kind} not supported yet"),
-                    });
-                }
-            },
+            (KIND_INGESTS | KIND_IMAGES, None) => {}
+            (KIND_CONTENT | KIND_INGESTS | KIND_IMAGES, Some(_)) => {
+                return Err(Error::Invalid {
+                    reason: format!("invalid {first} resource type: {kind}"),
+                });
+            }
+            ("snapshots", Some(snapshotter))
+                if !snapshotter.is_empty() && !snapshotter.contains('/') => {}
+            ("snapshots", _) => {
+                return Err(Error::Invalid {
+                    reason: format!("invalid snapshot resource type: {kind}"),
+                });
+            }
+            _ => {
+                return Err(Error::Unimplemented {
+                    what: format!("resource type {kind} not supported yet"),
+                });
+            }
         }
         if self.id.is_empty() {
             return Err(Error::Invalid {

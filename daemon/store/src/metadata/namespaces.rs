@@ -90,9 +90,11 @@ impl Namespaces {
         self.inner
             .update(|change| {
                 let key = keys::namespace(name);
-                let mut record: NamespaceRecord = change
-                    .get(&key, || format!("namespace \"{name}\""))?
-                    .unwrap_or_default();
+                let found: Option<NamespaceRecord> =
+                    change.get(&key, || format!("namespace \"{name}\""))?;
+                // Only labels make a namespace that is not there.
+                let kept = found.is_some() || !labels.is_empty();
+                let mut record = found.unwrap_or_default();
                 if replace {
                     record.labels.clear();
                 }
@@ -102,7 +104,9 @@ impl Namespaces {
                         None => record.labels.remove(&key),
                     };
                 }
-                change.put(key, &record);
+                if kept {
+                    change.put(key, &record);
+                }
                 let event = NamespaceUpdate {
                     name: name.as_str().to_owned(),
                     labels: record.labels.clone().into_iter().collect(),

@@ -105,9 +105,13 @@ impl Db {
             }
         })?;
         for (namespace, key) in interrupted {
-            if self.inner.in_flight.contains(&format!("{name}/{key}")) {
+            let pin = pin_name(&namespace, name, &key);
+            // Its own call is still at it.
+            if self.inner.pins.contains(&pin) {
                 continue;
             }
+            // And none begins until it is finished here.
+            let _lock = self.inner.snapshots.lock(&pin).await;
             let finished = self
                 .inner
                 .update(|change| snapshots.finish_commit(change, &namespace, &key));
@@ -138,7 +142,7 @@ impl Db {
             for (namespace, key, backend) in lost {
                 let found = snapshots.driver().stat(&backend).await;
                 let gone = found.is_err_and(|error| error.kind() == ErrorKind::NotFound);
-                let used = self.inner.in_flight.contains(&format!("{name}/{key}"))
+                let used = self.inner.in_flight.contains(&format!("{name}/{backend}"))
                     || self.inner.pins.contains(&pin_name(&namespace, name, &key));
                 if !gone || used {
                     continue;

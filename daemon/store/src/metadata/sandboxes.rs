@@ -49,13 +49,7 @@ impl Fields for Sandbox {
 impl Sandbox {
     fn check(&self) -> Result<(), Error> {
         mask::check_extensions(&self.extensions)?;
-        labels::check(&self.labels)?;
-        if self.runtime.name.is_empty() {
-            return Err(Error::Invalid {
-                reason: "sandbox.Runtime.Name must be set".to_owned(),
-            });
-        }
-        Ok(())
+        labels::check(&self.labels)
     }
 
     fn record(&self, stamps: Stamps) -> SandboxRecord {

@@ -155,6 +155,13 @@ impl Snapshots {
         labels: LabelUpdate,
     ) -> Result<Info, Error> {
         let record = self.record(scope, key)?;
+        // Before the driver takes over what the record would refuse.
+        match &labels {
+            LabelUpdate::Replace(all) => labels::check(all)?,
+            LabelUpdate::Merge(some) => some.iter().try_for_each(|(key, value)| {
+                labels::check_one(key, value.as_deref().unwrap_or_default())
+            })?,
+        }
         let below = match &labels {
             LabelUpdate::Replace(all) => LabelUpdate::Replace(inherited(all)),
             LabelUpdate::Merge(some) => LabelUpdate::Merge(
@@ -184,7 +191,6 @@ impl Snapshots {
                         }
                     }
                 }
-                labels::check(&record.labels)?;
                 labels::drop_empty(&mut record.labels);
                 record.stamps.touch();
                 change.put(self.key(&scope.namespace, key), &record);

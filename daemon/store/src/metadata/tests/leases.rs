@@ -49,6 +49,9 @@ async fn a_lease_holds_what_is_made_and_found_under_it() {
     for (kind_, want) in [
         ("snapshots/", ErrorKind::InvalidArgument),
         ("snapshots", ErrorKind::InvalidArgument),
+        ("content/x", ErrorKind::InvalidArgument),
+        ("ingests/x", ErrorKind::InvalidArgument),
+        ("images/x", ErrorKind::InvalidArgument),
         ("streams", ErrorKind::Unimplemented),
     ] {
         let resource = Resource {

@@ -77,6 +77,9 @@ async fn a_namespace_is_there_once_written_in_and_goes_only_empty() {
     let namespaces = db.namespaces();
     assert!(namespaces.labels(&a.namespace).unwrap().is_empty());
     assert!(namespaces.list().unwrap().is_empty());
+    let unlabelled = namespaces.update(&a.namespace, BTreeMap::new(), true);
+    assert!(unlabelled.await.unwrap().is_empty());
+    assert!(namespaces.list().unwrap().is_empty());
     let digest = blob(&db, &a, b"x", &[]).await;
     db.images()
         .create(&a, image("i", &digest), None)
@@ -141,4 +144,28 @@ async fn an_image_may_be_deleted_only_as_it_is() {
         ErrorKind::NotFound
     );
     images.delete(&a, "i", Some(&two)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_sandbox_needs_no_runtime_and_keeps_the_one_it_has() {
+    let World { db, dir: _dir, .. } = world();
+    let a = scope("a");
+    let mut sandbox = Sandbox {
+        id: Identifier::new("s").unwrap(),
+        labels: Labels::new(),
+        runtime: Runtime {
+            name: String::new(),
+            options: None,
+        },
+        spec: None,
+        sandboxer: "shim".into(),
+        created_at: SystemTime::UNIX_EPOCH,
+        updated_at: SystemTime::UNIX_EPOCH,
+        extensions: BTreeMap::new(),
+    };
+    let sandboxes = db.sandboxes();
+    sandboxes.create(&a, sandbox.clone()).await.unwrap();
+    sandbox.runtime.name = "other".into();
+    let refused = sandboxes.update(&a, sandbox, &[]).await;
+    assert_eq!(kind(refused), ErrorKind::InvalidArgument);
 }

@@ -1,5 +1,7 @@
 //! Snapshots under client keys.
 
+use lighter_snapshotter::LabelUpdate;
+
 use super::*;
 
 #[tokio::test]
@@ -84,4 +86,25 @@ async fn snapshots_follow_the_contract_under_client_keys() {
         db.snapshots("").unwrap_err().to_string(),
         "snapshotter argument missing: invalid argument"
     );
+}
+
+#[tokio::test]
+async fn a_label_that_is_refused_does_not_reach_the_driver() {
+    let World { db, dir: _dir, .. } = world();
+    let a = scope("a");
+    let s = db.snapshots("native").unwrap();
+    s.prepare(&a, "k", None, Labels::new()).await.unwrap();
+    let long = (
+        format!("{}x", labels::SNAPSHOT_PREFIX),
+        "x".repeat(labels::MAX_BYTES),
+    );
+    let all = LabelUpdate::Replace(Labels::from([long.clone()]));
+    let some = LabelUpdate::Merge(BTreeMap::from([(long.0, Some(long.1))]));
+    for labels in [all, some] {
+        let refused = s.update(&a, "k", labels).await;
+        assert_eq!(kind(refused), ErrorKind::InvalidArgument);
+    }
+    let below = s.driver().walk().await.unwrap();
+    assert_eq!(below.len(), 1);
+    assert!(below[0].labels.is_empty());
 }
