@@ -86,7 +86,7 @@ disk() {
     done
     # Peers, where they are installed.
     for name in /usr/sbin/criu /usr/bin/crun /usr/sbin/runc /usr/bin/containerd-shim-runc-v2 /usr/sbin/ip \
-        /usr/bin/tar; do
+        /usr/bin/tar /usr/bin/ctr /usr/bin/skopeo /usr/bin/docker-registry /usr/bin/mkfs.erofs; do
         [ ! -x $name ] || put $name $name
     done
     printf 'VM_FILTER="%s"\nVM_SUITE="%s"\nexport LIGHTER_BIN_DIR=/vm/bin LIGHTER_OCI=/vm/bin/lighter-oci\nexport PATH=/vm/bin:$PATH\n' \
