@@ -330,6 +330,17 @@ pub struct Handler {
     pub io_type: String,
 }
 
+impl Handler {
+    /// Whether its shim takes runc's options; others take a configuration file or a blob.
+    #[must_use]
+    pub fn takes_runc_options(&self) -> bool {
+        matches!(
+            self.runtime_type.as_str(),
+            "io.containerd.runc.v2" | "io.containerd.lighter.v2"
+        )
+    }
+}
+
 impl Default for Handler {
     fn default() -> Self {
         Self {

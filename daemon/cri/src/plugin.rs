@@ -426,11 +426,13 @@ impl Plugin {
 
     /// The snapshotter of a runtime handler.
     pub(crate) fn snapshotter_of(&self, handler: &str) -> String {
-        self.handler(handler)
-            .ok()
-            .map(|h| h.snapshotter.clone())
-            .filter(|s| !s.is_empty())
-            .unwrap_or_else(|| self.config.images.snapshotter.clone())
+        let own = self.handler(handler).ok().map(|h| &h.snapshotter);
+        let platform = self.config.images.runtime_platforms.get(handler);
+        own.into_iter()
+            .chain(platform.map(|p| &p.snapshotter))
+            .find(|s| !s.is_empty())
+            .unwrap_or(&self.config.images.snapshotter)
+            .clone()
     }
 
     /// Collects garbage now.

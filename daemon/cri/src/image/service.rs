@@ -64,6 +64,25 @@ impl ImageEdge {
     }
 }
 
+/// Annotation of a pod or an image that names the handler which an image is for, from before CRI had a
+/// field for that.
+const HANDLER_ANNOTATION: &str = "io.containerd.cri.runtime-handler";
+
+/// The handler that an image is pulled for; empty for the default one.
+fn handler_of(request: &api::PullImageRequest) -> String {
+    let image = request.image.as_ref();
+    let named = image
+        .map(|s| s.runtime_handler.as_str())
+        .unwrap_or_default();
+    if !named.is_empty() {
+        return named.to_owned();
+    }
+    let pod = request.sandbox_config.as_ref().map(|c| &c.annotations);
+    let annotations = pod.into_iter().chain(image.map(|s| &s.annotations));
+    let mut found = annotations.filter_map(|a| a.get(HANDLER_ANNOTATION));
+    found.next().cloned().unwrap_or_default()
+}
+
 #[tonic::async_trait]
 impl ImageService for ImageEdge {
     type StreamImagesStream = BoxStream<'static, Result<api::StreamImagesResponse, Status>>;
@@ -116,11 +135,7 @@ impl ImageService for ImageEdge {
     ) -> Result<Response<api::PullImageResponse>, Status> {
         let until = deadline(request.metadata());
         let request = request.into_inner();
-        let handler = request
-            .image
-            .as_ref()
-            .map(|s| s.runtime_handler.clone())
-            .unwrap_or_default();
+        let handler = handler_of(&request);
         let name = Self::spec_name(request.image)?;
         let plugin = Arc::clone(self.0.plugin()?);
         let snapshotter = plugin.snapshotter_of(&handler);
@@ -175,5 +190,31 @@ impl ImageService for ImageEdge {
             image_filesystems: vec![filesystem.clone()],
             container_filesystems: vec![filesystem],
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_handler_of_a_pull_is_in_its_field_or_in_an_annotation() {
+        let annotated = |name: &str| {
+            std::collections::HashMap::from([(HANDLER_ANNOTATION.to_owned(), name.to_owned())])
+        };
+        let mut request = api::PullImageRequest::default();
+        assert_eq!(handler_of(&request), "");
+        request.image = Some(api::ImageSpec {
+            annotations: annotated("image"),
+            ..Default::default()
+        });
+        assert_eq!(handler_of(&request), "image");
+        request.sandbox_config = Some(api::PodSandboxConfig {
+            annotations: annotated("pod"),
+            ..Default::default()
+        });
+        assert_eq!(handler_of(&request), "pod");
+        request.image.as_mut().unwrap().runtime_handler = "field".to_owned();
+        assert_eq!(handler_of(&request), "field");
     }
 }

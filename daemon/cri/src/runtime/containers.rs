@@ -89,7 +89,7 @@ impl Plugin {
         let metadata = config
             .metadata
             .clone()
-            .ok_or_else(|| Error::invalid("container config must include metadata"))?;
+            .ok_or_else(|| Error::unknown("container config must include metadata"))?;
         let owner = pod.config.metadata.clone().unwrap_or_default();
         let name = format!(
             "{}_{}_{}_{}_{}",
@@ -176,7 +176,10 @@ impl Plugin {
             machine: self.machine,
             target_pid: self.target_pid(pod, &config)?,
             volumes,
-            recursive_readonly: true,
+            recursive_readonly: self
+                .features_of_handler(&pod.handler)
+                .await
+                .recursive_read_only_mounts,
             base: self.base_spec(&pod.handler),
         })?;
         self.inject_devices(&mut spec, cdi_devices(&config)?)
@@ -371,7 +374,8 @@ impl Plugin {
         }
         let record = self.db.containers().get(&self.scope, &container.id)?;
         let snapshots = self.db.snapshots(&container.snapshotter)?;
-        let runtime = task_runtime(self.handler(&pod.handler)?);
+        let handler = self.handler(&pod.handler)?;
+        let runtime = task_runtime(handler);
         let rootfs = snapshots.mounts(&self.scope, &container.id);
         let (rootfs, stdio) = tokio::join!(rootfs, self.stdio(container, &runtime));
         let mut task = CreateTask {
@@ -380,7 +384,9 @@ impl Plugin {
             runtime,
             ..CreateTask::of(&record)
         };
-        if crate::userns::own(namespace_options(&container.config)).is_some() {
+        if handler.takes_runc_options()
+            && crate::userns::own(namespace_options(&container.config)).is_some()
+        {
             let known = task.options.as_ref();
             let options = known.and_then(|o| any::unpack::<Options>(o).ok());
             let (io_uid, io_gid) = host_owner(&serde_json::from_slice(&record.spec.value)?);

@@ -2,6 +2,7 @@
 
 use lighter_proto::any;
 use lighter_proto::containerd::runc::v1::Options;
+use lighter_proto::runtimeoptions;
 use lighter_store::metadata;
 use serde_json::{Map, Value, json};
 
@@ -33,9 +34,16 @@ impl Plugin {
             return Ok((String::new(), Value::Null));
         };
         let options = record.runtime.options.as_ref();
-        let options = match options.and_then(|o| any::unpack::<Options>(o).ok()) {
-            Some(options) => self.json.write(&options)?,
-            None => Value::Null,
+        let runc = options.and_then(|o| any::unpack::<Options>(o).ok());
+        let other = options.and_then(|o| any::unpack::<runtimeoptions::v1::Options>(o).ok());
+        let options = match (runc, other) {
+            (Some(options), _) => self.json.write(&options)?,
+            (None, Some(options)) => json!({
+                "type_url": options.type_url,
+                "config_path": options.config_path,
+                "config_body": String::from_utf8_lossy(&options.config_body),
+            }),
+            (None, None) => Value::Null,
         };
         Ok((record.runtime.name.clone(), options))
     }

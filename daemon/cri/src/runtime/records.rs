@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use lighter_proto::containerd::runc::v1::Options;
+use lighter_proto::runtimeoptions;
 use lighter_proto::{any, time};
 use lighter_store::metadata::{self, Runtime};
 use lighter_store::{Identifier, Labels};
@@ -65,6 +66,19 @@ pub(super) fn options(handler: &Handler) -> Option<Any> {
             .unwrap_or_default()
             .to_owned()
     };
+    if !handler.takes_runc_options() {
+        let config_path = text("ConfigPath");
+        // As upstream: a runtime without a file gets the whole table.
+        let config_body = match config_path.as_str() {
+            "" => toml::to_string(table).unwrap_or_default().into_bytes(),
+            _ => text("ConfigBody").into_bytes(),
+        };
+        return Some(any::pack(&runtimeoptions::v1::Options {
+            type_url: text("TypeUrl"),
+            config_path,
+            config_body,
+        }));
+    }
     let flag = |key: &str| {
         table
             .get(key)
@@ -261,4 +275,34 @@ fn write_status(json: &Json, dir: &Path, container: &Container) -> Result<()> {
     let (path, partial) = (dir.join("status"), dir.join("status.partial"));
     std::fs::write(&partial, value.to_string()).map_err(io("write", &partial))?;
     std::fs::rename(&partial, &path).map_err(io("replace", &path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shim_that_is_not_runcs_gets_its_own_options() {
+        let handler = |runtime_type: &str, table: &str| Handler {
+            runtime_type: runtime_type.to_owned(),
+            options: toml::from_str(table).unwrap(),
+            ..Handler::default()
+        };
+        let own = |handler: &Handler| {
+            let packed = options(handler).unwrap();
+            any::unpack::<runtimeoptions::v1::Options>(&packed).unwrap()
+        };
+        let file = "TypeUrl = \"kata\"\nConfigPath = \"/etc/kata.toml\"";
+        let kata = own(&handler("io.containerd.kata.v2", file));
+        assert_eq!(
+            (kata.type_url.as_str(), kata.config_path.as_str()),
+            ("kata", "/etc/kata.toml")
+        );
+        assert!(kata.config_body.is_empty());
+        let blob = own(&handler("io.containerd.runsc.v1", "platform = \"kvm\""));
+        assert_eq!(blob.config_body, b"platform = \"kvm\"\n");
+        let runc = options(&handler("io.containerd.runc.v2", "BinaryName = \"crun\"")).unwrap();
+        assert_eq!(any::unpack::<Options>(&runc).unwrap().binary_name, "crun");
+        assert!(options(&Handler::default()).is_none());
+    }
 }

@@ -14,9 +14,6 @@ use crate::runtime::deprecated;
 use crate::runtime::records::options as runtime_options;
 use crate::runtime::task_runtime;
 
-/// Runtime type whose options say which cgroup driver is meant.
-const RUNC: &str = "io.containerd.runc.v2";
-
 pub(in crate::runtime) async fn version(
     this: Arc<Plugin>,
     _: api::VersionRequest,
@@ -108,6 +105,19 @@ fn unified() -> bool {
 }
 
 impl Plugin {
+    /// What the runtime of a handler offers; of the default one where none is named.
+    pub(in crate::runtime) async fn features_of_handler(
+        &self,
+        handler: &str,
+    ) -> api::RuntimeHandlerFeatures {
+        let features = self.features.get_or_init(|| self.find_features()).await;
+        let name = match handler {
+            "" => &self.config.runtime.containerd.default_runtime_name,
+            named => named,
+        };
+        features.get(name).copied().unwrap_or_default()
+    }
+
     /// What each handler's runtime offers, by what its shim says of itself.
     async fn find_features(&self) -> BTreeMap<String, api::RuntimeHandlerFeatures> {
         let mut found = BTreeMap::new();
@@ -185,7 +195,7 @@ pub(in crate::runtime) async fn runtime_config(
     let runtimes = &this.config.runtime.containerd;
     let default = runtimes.runtimes.get(&runtimes.default_runtime_name);
     let all = default.into_iter().chain(runtimes.runtimes.values());
-    let mut ours = all.filter(|h| h.runtime_type == RUNC && h.runtime_path.is_empty());
+    let mut ours = all.filter(|h| h.takes_runc_options());
     let systemd = match ours.next() {
         Some(handler) => {
             let option = handler.options.get("SystemdCgroup");
