@@ -142,8 +142,14 @@ async fn attach_needs_a_running_container() -> Result {
 
 /// Runs a server in a pod that answers each line with itself.
 async fn echo(node: &Node, name: &str) -> Result<Pod> {
+    serve(node, name, &["/bin/cat"]).await
+}
+
+/// Runs a server in a pod that gives each connection to a process of its own.
+async fn serve(node: &Node, name: &str, command: &[&str]) -> Result<Pod> {
     let pod = node.run_pod(name).await?;
-    let server = node.container("server", &["nc", "-ll", "-p", "8080", "-e", "/bin/cat"]);
+    let listen = ["nc", "-ll", "-p", "8080", "-e"];
+    let server = node.container("server", &[&listen[..], command].concat());
     let id = node.cri.run(&pod, &server).await?;
     eventually("the server listens", async || {
         let table = node.cri.shell(
@@ -192,6 +198,19 @@ async fn a_forwarded_port_carries_both_ways() -> Result {
         said.contains("connection refused") || said.contains("Connection refused"),
         "{said}"
     );
+    node.finish().await
+}
+
+#[tokio::test]
+async fn a_server_that_stays_does_not_keep_a_forwarded_connection() -> Result {
+    let node = Node::with_network().await?;
+    let pod = serve(&node, "stays", &["/bin/sleep", "1000"]).await?;
+    let mut forward = Forward::open(&forward_url(&node, &pod.id, 8080).await?).await?;
+    let mut connection = forward.connect(8080).await?;
+    connection.write(b"anybody?\n").await?;
+    connection.close().await?;
+    let rest = tokio::time::timeout(Duration::from_secs(10), connection.read_all()).await?;
+    assert!(rest.is_empty(), "{rest:?}");
     node.finish().await
 }
 

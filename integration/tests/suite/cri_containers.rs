@@ -71,6 +71,12 @@ async fn a_container_is_created_runs_ends_and_goes() -> Result {
     assert_eq!(info["snapshotKey"], id, "{info}");
     assert!(info["runtimeSpec"]["process"].is_object(), "{info}");
     assert!(info["config"]["metadata"].is_object(), "{info}");
+    let whole = node.cri.pod_status(&pod.id).await?;
+    if Subject::of_run() != Subject::Containerd {
+        let ids: Vec<_> = whole.containers_statuses.iter().map(|s| &s.id).collect();
+        assert_eq!(ids, [&id]);
+        assert!(whole.timestamp >= status.started_at);
+    }
 
     node.cri.stop(&id, 0).await?;
     let status = node.cri.status(&id).await?;
@@ -106,6 +112,8 @@ async fn exits_are_told_with_code_and_reason() -> Result {
     let cases = [
         ("ok", "exit 0", 0, "Completed"),
         ("bad", "exit 42", 42, "Error"),
+        // What a lost end is told as; this one is not lost.
+        ("worst", "exit 255", 255, "Error"),
         ("killed", "sh -c 'kill -KILL $$'; exit $?", 137, "Error"),
     ];
     for (name, script, code, reason) in cases {

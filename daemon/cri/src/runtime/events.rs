@@ -18,7 +18,7 @@ use crate::plugin::Plugin;
 use crate::store::{Container, Pod};
 
 /// Exit code of a process whose end nobody saw.
-pub(super) const UNKNOWN_EXIT: u32 = 255;
+const UNKNOWN_EXIT: u32 = 255;
 /// Exit code of a process that SIGKILL ended, as the kernel's memory killer does.
 const KILLED: u32 = 137;
 /// Longest that one try at removing an ended task may take.
@@ -114,11 +114,13 @@ impl Plugin {
                 return;
             };
             let (code, at) = match ended {
-                Ok(exit) => (exit.status, exit.at),
-                Err(_) => (UNKNOWN_EXIT, SystemTime::now()),
+                Ok(exit) => ((!exit.lost).then_some(exit.status), exit.at),
+                Err(_) => (None, SystemTime::now()),
             };
             // Its cgroup goes with the task: it is asked before.
-            if code == KILLED && !container.status().oom_killed && this.ran_out(&container.id).await
+            if code == Some(KILLED)
+                && !container.status().oom_killed
+                && this.ran_out(&container.id).await
             {
                 container.update(|s| s.oom_killed = true);
             }
@@ -136,11 +138,12 @@ impl Plugin {
         memory.is_some_and(|m| m.oom_kills > 0)
     }
 
-    /// A container ended: its status first, then whoever wants to know.
+    /// A container ended, with a code if somebody saw it: its status first, then whoever wants to
+    /// know.
     pub(super) async fn container_ended(
         self: &Arc<Self>,
         container: &Arc<Container>,
-        code: u32,
+        code: Option<u32>,
         at: SystemTime,
     ) {
         let mut first = false;
@@ -151,13 +154,13 @@ impl Plugin {
             }
             s.state = ContainerState::ContainerExited;
             s.pid = 0;
-            s.exit_code = i32::try_from(code).unwrap_or(i32::MAX);
+            s.exit_code = i32::try_from(code.unwrap_or(UNKNOWN_EXIT)).unwrap_or(i32::MAX);
             s.finished_at = Some(at);
             s.reason = match code {
                 _ if s.oom_killed => "OOMKilled",
-                0 => "Completed",
-                UNKNOWN_EXIT => "Unknown",
-                _ => "Error",
+                Some(0) => "Completed",
+                Some(_) => "Error",
+                None => "Unknown",
             }
             .to_owned();
         });

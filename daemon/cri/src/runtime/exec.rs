@@ -1,5 +1,6 @@
 //! Commands in running containers: to their end with bounded output, or over the streaming server.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Weak;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use lighter_proto::runtime::v1::{ContainerState, ExecSyncResponse};
 use nix::sys::stat::Mode;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tokio::net::unix::pipe;
 
 use super::new_id;
@@ -29,6 +31,8 @@ const OUTPUT_LIMIT: usize = 7 << 20;
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// Longest that a shim may take to see to a log.
 const SHIM_LIMIT: Duration = Duration::from_secs(10);
+/// How long a forwarded connection's one direction may go on when the other has ended.
+const FORWARD_LIMIT: Duration = Duration::from_secs(1);
 /// Type of an exec's spec.
 const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 /// The signal that nothing withstands.
@@ -361,7 +365,7 @@ impl crate::streaming::Backend for Backend {
         &self,
         sandbox_id: &str,
         port: u16,
-        mut stream: BoxDuplex,
+        stream: BoxDuplex,
     ) -> std::result::Result<(), BackendError> {
         let plugin = self
             .0
@@ -374,16 +378,55 @@ impl crate::streaming::Backend for Backend {
                 pod.id
             )));
         }
-        let mut peer = match &pod.netns {
+        let peer = match &pod.netns {
             Some(netns) => netns::connect_localhost(netns, port)
                 .await
                 .map_err(refused)?,
-            None => tokio::net::TcpStream::connect(("localhost", port))
-                .await
-                .map_err(refused)?,
+            None => connect_here(port).await.map_err(refused)?,
         };
-        let copied = tokio::io::copy_bidirectional(&mut stream, &mut peer).await;
-        copied.map(|_| ()).map_err(refused)
+        carry(stream, peer).await.map_err(refused)
+    }
+}
+
+/// Connects to a port of this machine's localhost, as pods' own are: over IPv4, then over IPv6.
+///
+/// # Errors
+/// The IPv4 failure, when neither family answers.
+async fn connect_here(port: u16) -> std::io::Result<TcpStream> {
+    let first = match TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await {
+        Ok(stream) => return Ok(stream),
+        Err(error) => error,
+    };
+    let second = TcpStream::connect((Ipv6Addr::LOCALHOST, port)).await;
+    second.map_err(|_| first)
+}
+
+/// Carries bytes both ways. When one side has ended the other is told, and has a little time to end
+/// as well: a server that takes no notice must not keep the connection for ever.
+async fn carry(client: BoxDuplex, peer: TcpStream) -> std::io::Result<()> {
+    let (mut from_client, mut to_client) = tokio::io::split(client);
+    let (mut from_peer, mut to_peer) = peer.into_split();
+    let there = async {
+        let copied = tokio::io::copy(&mut from_client, &mut to_peer).await;
+        // One that is gone needs not be told.
+        let _ = to_peer.shutdown().await;
+        copied
+    };
+    let back = async {
+        let copied = tokio::io::copy(&mut from_peer, &mut to_client).await;
+        let _ = to_client.shutdown().await;
+        copied
+    };
+    tokio::pin!(there, back);
+    let (first, second) = tokio::select! {
+        first = &mut there => (first, tokio::time::timeout(FORWARD_LIMIT, back).await),
+        first = &mut back => (first, tokio::time::timeout(FORWARD_LIMIT, there).await),
+    };
+    first?;
+    match second {
+        Ok(copied) => copied.map(|_| ()),
+        // Cut off: no failure, for the first side was done.
+        Err(_) => Ok(()),
     }
 }
 

@@ -104,7 +104,7 @@ impl Plugin {
         let metadata = config
             .metadata
             .clone()
-            .ok_or_else(|| Error::invalid("sandbox config must include metadata"))?;
+            .ok_or_else(|| Error::unknown("sandbox config must include metadata"))?;
         if on_host(&config, |o| o.network()) && !config.hostname.is_empty() {
             return Err(Error::invalid(format!(
                 "unable to set hostname {:?} without a private UTS namespace: a pod on the host's network keeps the host's name",
@@ -206,7 +206,12 @@ impl Plugin {
         let _blocked = self.block_plugins().await;
         self.plugins_run_pod(pod).await?;
         turn.at("keep");
-        self.keep_pod(pod, record).await?;
+        if let Err(error) = self.keep_pod(pod, record).await {
+            // Plugins know it already, and nothing else tells them that it goes.
+            self.plugins_stop_pod(pod).await;
+            self.plugins_remove_pod(pod).await;
+            return Err(error);
+        }
         pod.update(|s| {
             s.state = PodSandboxState::SandboxReady;
             s.visible = true;

@@ -31,7 +31,6 @@ use lighter_store::filter::Filter;
 use lighter_store::metadata;
 use serde_json::Value;
 
-use super::events::UNKNOWN_EXIT;
 use super::records::{CONTAINER, KIND, MAKING, POD};
 use super::update::UPDATED;
 use crate::error::{Error, Result};
@@ -52,7 +51,7 @@ pub(super) enum Found {
 }
 
 /// Whose task is not found out yet.
-enum Unsure {
+pub(super) enum Unsure {
     Pod(Arc<Pod>),
     Container(Arc<Container>),
 }
@@ -233,7 +232,7 @@ impl Plugin {
     }
 
     /// Asks for a task until its shim answers.
-    fn ask_again(self: &Arc<Self>, of: Unsure) {
+    pub(super) fn ask_again(self: &Arc<Self>, of: Unsure) {
         let (this, stop) = (Arc::clone(self), self.stop.clone());
         self.tracker.spawn(async move {
             let again = async {
@@ -261,10 +260,18 @@ impl Plugin {
             (Found::Live(handle), Unsure::Pod(pod)) => self.take_pod(pod, handle).await,
             (Found::None, Unsure::Pod(_)) => {}
             (Found::Live(handle), Unsure::Container(container)) => {
-                self.take_container(container, handle).await;
+                self.take_unknown(container, handle).await;
             }
             (Found::None, Unsure::Container(container)) => {
-                container.update(|s| s.state = ContainerState::ContainerRunning);
+                container.update(|s| {
+                    // Not one that was stopped meanwhile.
+                    if s.state == ContainerState::ContainerUnknown {
+                        s.state = match s.finished_at {
+                            Some(_) => ContainerState::ContainerExited,
+                            None => ContainerState::ContainerRunning,
+                        };
+                    }
+                });
                 self.settle_container(container).await;
             }
         }
@@ -349,6 +356,22 @@ impl Plugin {
         status
     }
 
+    /// Takes over an UNKNOWN container whose shim answers at last, unless another call did: only one
+    /// reads its output.
+    pub(super) async fn take_unknown(self: &Arc<Self>, container: &Arc<Container>, handle: Handle) {
+        let created = handle.init().status == Status::Created;
+        let mut first = false;
+        container.update(|s| {
+            first = s.state == ContainerState::ContainerUnknown;
+            if first && !created {
+                s.state = ContainerState::ContainerRunning;
+            }
+        });
+        if first {
+            self.take_container(container, handle).await;
+        }
+    }
+
     pub(super) async fn take_container(
         self: &Arc<Self>,
         container: &Arc<Container>,
@@ -358,8 +381,17 @@ impl Plugin {
         let known_end = container.status().finished_at.is_some();
         match process.status {
             Status::Created => {
-                self.settle_container(container).await;
                 self.take_down(container).await;
+                // Not before its turn is held: one that is CREATED can be started.
+                container.update(|s| {
+                    if s.state == ContainerState::ContainerUnknown {
+                        s.state = match s.started_at {
+                            Some(_) => ContainerState::ContainerRunning,
+                            None => ContainerState::ContainerCreated,
+                        };
+                    }
+                });
+                self.settle_container(container).await;
             }
             // Its end was noted; only the task is left.
             Status::Stopped if known_end => {
@@ -421,7 +453,7 @@ impl Plugin {
             let root = self.container_root(&container.id);
             // Its directory may have gone with an interrupted removal.
             let _ = tokio::fs::create_dir_all(&root).await;
-            self.container_ended(container, UNKNOWN_EXIT, SystemTime::now())
+            self.container_ended(container, None, SystemTime::now())
                 .await;
         }
     }

@@ -6,14 +6,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use lighter_proto::runtime::v1::{
-    ContainerConfig, ContainerMetadata, ImageSpec, LinuxPodSandboxConfig,
+    ContainerConfig, ContainerMetadata, ContainerState, ImageSpec, LinuxPodSandboxConfig,
     LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PodSandboxConfig,
     PodSandboxMetadata,
 };
 use lighter_store::metadata;
 use serde_json::Value;
 
-use super::recover::{Found, user_from};
+use super::recover::{Found, Unsure, user_from};
 use crate::plugin::Plugin;
 use crate::store::{Container, ContainerStatus, NewContainer, Pod};
 
@@ -81,8 +81,10 @@ impl Plugin {
             s.visible = true;
         });
         self.store.pods.add(Arc::clone(&pod));
-        if let Found::Live(handle) = self.find_task(&id).await {
-            self.take_pod(&pod, handle).await;
+        match self.find_task(&id).await {
+            Found::Live(handle) => self.take_pod(&pod, handle).await,
+            Found::None => {}
+            Found::Unsure => self.ask_again(Unsure::Pod(pod)),
         }
     }
 
@@ -120,7 +122,11 @@ impl Plugin {
         self.store.containers.add(Arc::clone(&container));
         match self.find_task(&id).await {
             Found::Live(handle) => self.take_container(&container, handle).await,
-            Found::None | Found::Unsure => self.settle_container(&container).await,
+            Found::None => self.settle_container(&container).await,
+            Found::Unsure => {
+                container.update(|s| s.state = ContainerState::ContainerUnknown);
+                self.ask_again(Unsure::Container(container));
+            }
         }
     }
 }

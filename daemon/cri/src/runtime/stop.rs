@@ -4,11 +4,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use lighter_engine::runtime::{Error as TaskError, Handle};
+use lighter_engine::runtime::{Error as TaskError, Handle, Status};
 use lighter_proto::errdefs::{Classify as _, ErrorKind};
 use lighter_proto::runtime::v1::{ContainerEventType, ContainerState, PodSandboxState};
 
-use super::events::UNKNOWN_EXIT;
 use super::files::remove_dirs;
 use crate::error::{Error, Result};
 use crate::netns;
@@ -142,6 +141,12 @@ impl Plugin {
         let Some(handle) = self.task(&container.id).await? else {
             return self.note_lost(container).await;
         };
+        if container.status().state == ContainerState::ContainerUnknown {
+            self.find_out(container, &handle).await?;
+            if !runs(container.status().state) {
+                return Ok(());
+            }
+        }
         if !limit.is_zero() {
             let mut first = false;
             container.update(|s| first = !std::mem::replace(&mut s.stop_sent, true));
@@ -183,9 +188,22 @@ impl Plugin {
     async fn note_lost(self: &Arc<Self>, container: &Arc<Container>) -> Result<()> {
         let noted = tokio::time::timeout(NOTE_LIMIT, container.ended()).await;
         if noted.is_err() {
-            self.container_ended(container, UNKNOWN_EXIT, SystemTime::now())
+            self.container_ended(container, None, SystemTime::now())
                 .await;
         }
+        Ok(())
+    }
+
+    /// The shim of an UNKNOWN container answers: from here on somebody waits for its end.
+    async fn find_out(self: &Arc<Self>, container: &Arc<Container>, handle: &Handle) -> Result<()> {
+        if handle.init().status != Status::Created {
+            self.take_unknown(container, handle.clone()).await;
+            return Ok(());
+        }
+        // It never ran: there is no end to wait for.
+        self.kill_task(&container.id).await?;
+        self.container_ended(container, None, SystemTime::now())
+            .await;
         Ok(())
     }
 

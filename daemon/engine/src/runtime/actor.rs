@@ -676,6 +676,7 @@ fn exit_of(status: u32, at: Option<prost_types::Timestamp>) -> Exit {
         at: at
             .and_then(from_timestamp)
             .unwrap_or_else(|| Exit::unknown().at),
+        lost: false,
     }
 }
 

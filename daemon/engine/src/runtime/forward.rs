@@ -62,6 +62,7 @@ pub(super) fn read(envelope: &Envelope) -> Option<(String, Meaning)> {
             let exit = Exit {
                 status: event.exit_status,
                 at: at.unwrap_or_else(|| Exit::unknown().at),
+                lost: false,
             };
             Some((
                 event.container_id,

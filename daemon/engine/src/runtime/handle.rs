@@ -352,6 +352,7 @@ pub(super) fn process_of(seen: &wire::StateResponse) -> Option<Process> {
             .exited_at
             .and_then(from_timestamp)
             .unwrap_or_else(|| Exit::unknown().at),
+        lost: false,
     });
     Some(Process {
         pid: seen.pid,

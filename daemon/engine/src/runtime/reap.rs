@@ -17,7 +17,7 @@ use super::bootstrap::Bootstrap;
 use super::bundle::Bundle;
 use super::connection::Connection;
 use super::manager::Shared;
-use super::state::{Exit, UNKNOWN_EXIT};
+use super::state::Exit;
 
 /// Pause before a shim that answered nothing is asked again.
 const AGAIN: Duration = Duration::from_millis(50);
@@ -95,6 +95,7 @@ pub(super) async fn bury(shared: &Arc<Shared>, bundle: &Bundle) -> (Exit, u32) {
             let exit = Exit {
                 status: answer.exit_status,
                 at: at.unwrap_or_else(SystemTime::now),
+                lost: false,
             };
             (
                 exit,
@@ -105,13 +106,7 @@ pub(super) async fn bury(shared: &Arc<Shared>, bundle: &Bundle) -> (Exit, u32) {
                 },
             )
         }
-        None => (
-            Exit {
-                status: UNKNOWN_EXIT,
-                at: SystemTime::now(),
-            },
-            recorded,
-        ),
+        None => (Exit::unknown(), recorded),
     }
 }
 

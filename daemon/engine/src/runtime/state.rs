@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use lighter_proto::containerd::v1::types::Status as WireStatus;
 
 /// Exit status of a process of which nobody knows how it ended.
-pub(super) const UNKNOWN_EXIT: u32 = 255;
+const UNKNOWN_EXIT: u32 = 255;
 
 /// What a process is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +60,8 @@ pub struct Exit {
     pub status: u32,
     /// When.
     pub at: SystemTime,
+    /// Whether nobody saw it: a process may as well have exited with the code that stands for that.
+    pub lost: bool,
 }
 
 impl Exit {
@@ -69,6 +71,7 @@ impl Exit {
         Self {
             status: UNKNOWN_EXIT,
             at: SystemTime::now(),
+            lost: true,
         }
     }
 }
@@ -284,6 +287,7 @@ mod tests {
         Exit {
             status,
             at: SystemTime::UNIX_EPOCH,
+            lost: false,
         }
     }
 

@@ -81,6 +81,7 @@ pub(super) fn ended(status: u32, at: Option<Timestamp>) -> Exit {
     Exit {
         status,
         at: moment(at),
+        lost: false,
     }
 }
 

@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use futures::stream::BoxStream;
 use lighter_proto::runtime::v1 as api;
+use lighter_proto::time;
 use tonic::Status;
 
 use super::batches;
@@ -56,10 +58,14 @@ pub(in crate::runtime) async fn pod_sandbox_status(
     if request.verbose {
         info.insert("info".to_owned(), this.pod_info(&pod)?.to_string());
     }
+    // Taken first: what happens while the statuses are read counts as newer.
+    let timestamp = time::to_nanos(SystemTime::now());
+    let containers = this.store.containers_of(&pod.id);
     Ok(api::PodSandboxStatusResponse {
         status: Some(this.pod_status_of(&pod)),
         info,
-        ..Default::default()
+        containers_statuses: containers.iter().map(|c| this.status_of(c)).collect(),
+        timestamp,
     })
 }
 
