@@ -134,6 +134,10 @@ async fn a_mount_activation_goes_with_what_keeps_it() -> Result {
     let container = client.create("keeper", &top, &spec).await?;
     lease(&client, "l").await?;
     let leased = activate(&client.under_lease("l"), "leased", &[]).await?;
+    if daemon.subject() == Subject::Lighter {
+        let unheld = activate(&client.under_lease("none"), "unheld", &[]).await;
+        assert_eq!(unheld.expect_err("no such lease").code(), Code::NotFound);
+    }
     let bref = ("containerd.io/gc.bref.container", "keeper");
     let kept = activate(&client, "kept", &[bref]).await?;
     let free = activate(&client, "free", &[]).await?;

@@ -212,7 +212,7 @@ impl Plugin {
             spec: &spec,
             snapshotter: snapshotter.to_owned(),
             extension: CONTAINER,
-            metadata: self.container_metadata(&made)?,
+            metadata: self.container_metadata(&made, image)?,
             making: false,
             pod_id: &pod.id,
         });

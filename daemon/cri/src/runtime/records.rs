@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::config::Handler;
 use crate::error::{Result, io};
+use crate::image::Image;
 use crate::json::Json;
 use crate::plugin::Plugin;
 use crate::store::{Container, Pod};
@@ -165,14 +166,18 @@ impl Plugin {
         }))
     }
 
-    /// Metadata of a container.
-    pub(super) fn container_metadata(&self, container: &Container) -> Result<Value> {
+    /// Metadata of a container made from `image`.
+    pub(super) fn container_metadata(&self, container: &Container, image: &Image) -> Result<Value> {
+        let digests = image.digests();
+        let digest = digests.first().and_then(|name| name.split_once('@'));
         Ok(json!({
             "ID": container.id,
             "Name": container.name,
             "SandboxID": container.pod_id,
             "Config": self.json.write(&container.config)?,
             "ImageRef": container.image_id,
+            "ImageName": image.first_name(),
+            "ImageDigest": digest.map(|(_, digest)| digest).unwrap_or_default(),
             "LogPath": container.log_path,
             "StopSignal": container.stop_signal.to_string(),
             "ProcessLabel": "",
