@@ -20,8 +20,8 @@ use crate::journal::{self, Found, Journal};
 use crate::overlay::{Overlay, Table};
 use crate::{Backend, Change, Error, Value};
 
-/// Bytes handed to the store below at a time; readers wait for that long.
-const CHUNK_BYTES: usize = 128 << 10;
+/// Bytes handed to the store below at a time; scans wait for that long.
+const CHUNK_BYTES: usize = 4 << 10;
 /// With less than this free, in bytes, a checkpoint that can wait does: its changes are safe in the
 /// journal, and the reserve that it would use up is needed to open the database again.
 const QUIET_FREE_BYTES: u64 = 16 << 20;
@@ -251,13 +251,13 @@ fn copy<'a, G>(
         part.push(change);
         if bytes >= CHUNK_BYTES {
             let _guard = guard();
-            below.apply(&part)?;
+            below.copy(&part)?;
             part.clear();
             bytes = 0;
         }
     }
     let _guard = guard();
-    below.apply(&part)
+    below.copy(&part)
 }
 
 /// Gives a store what a journal has and it may lack. Once or twice makes no difference.

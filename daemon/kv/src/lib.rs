@@ -52,6 +52,10 @@ pub(crate) trait Backend: Send + Sync + std::fmt::Debug {
         seen: &mut dyn FnMut(&[u8], &[u8]) -> bool,
     ) -> Result<(), Error>;
     fn apply(&self, batch: &[Change<'_>]) -> Result<(), Error>;
+    /// Makes changes that need not be seen all at once.
+    fn copy(&self, changes: &[Change<'_>]) -> Result<(), Error> {
+        self.apply(changes)
+    }
     fn sync(&self) -> Result<(), Error>;
     /// Room left on the disk, where there is one.
     fn free_bytes(&self) -> Option<u64> {

@@ -96,6 +96,14 @@ impl Sled {
         }
     }
 
+    fn put(&self, (key, value): Change<'_>) -> Result<(), sled::Error> {
+        match value {
+            Some(value) => self.db.insert(key, value),
+            None => self.db.remove(key),
+        }
+        .map(drop)
+    }
+
     fn apply_once(&self, batch: &[Change<'_>]) -> Result<(), sled::Error> {
         let mut changes = sled::Batch::default();
         for (key, value) in batch {
@@ -150,6 +158,19 @@ impl Backend for Sled {
                 .map_err(|e| operation_error("write", e)),
             other => other,
         }
+    }
+
+    /// A batch of sled's keeps out every reader, for as long as the disk takes; single changes none.
+    fn copy(&self, changes: &[Change<'_>]) -> Result<(), Error> {
+        for change in changes {
+            match self.put(*change).map_err(|e| operation_error("write", e)) {
+                Err(Error::Full) if self.make_room() => {
+                    self.put(*change).map_err(|e| operation_error("write", e))?;
+                }
+                other => other?,
+            }
+        }
+        Ok(())
     }
 
     fn sync(&self) -> Result<(), Error> {
