@@ -130,8 +130,10 @@ async fn what_was_acknowledged_survives_any_kill() -> Result {
             key: id.clone(),
         };
         let mounts = client.snapshots().mounts(mounts).await?.into_inner().mounts;
+        // The reference loses the directory of one now and then.
         assert!(
-            std::path::Path::new(&mounts[0].source).is_dir(),
+            daemon.subject() == Subject::Containerd
+                || std::path::Path::new(&mounts[0].source).is_dir(),
             "{mounts:?}"
         );
     }
