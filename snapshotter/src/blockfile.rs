@@ -107,7 +107,7 @@ impl Images {
 }
 
 impl Driver for Images {
-    fn create(&self, dirs: &Dirs, record: &Record, _ahead: bool) -> Result<(), Error> {
+    fn create(&self, dirs: &Dirs, record: &Record) -> Result<(), Error> {
         let own = dirs.path(record.id);
         match (record.info.kind, record.parent_ids.first()) {
             (Kind::View, Some(_)) => {

@@ -12,10 +12,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{
-    AtFlags, CWD, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, Uid, chmodat, chownat,
-    mkdirat, openat, utimensat,
-};
+use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Uid, chmodat, chownat, mkdirat, openat};
 
 use crate::Error;
 
@@ -113,21 +110,6 @@ impl Dirs {
             .map_err(failed)?;
         }
         Ok(())
-    }
-
-    /// Has `path` (relative to `snapshots/`) be of now.
-    pub(crate) fn touch(&self, path: &str) -> Result<(), Error> {
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: UTIME_NOW,
-        };
-        let times = Timestamps {
-            last_access: now,
-            last_modification: now,
-        };
-        utimensat(&self.snapshots, path, &times, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| {
-            Error::io("set times of", self.root.join("snapshots").join(path))(e.into())
-        })
     }
 
     /// Gives `path` (relative to `snapshots/`) to another owner; links are not followed.

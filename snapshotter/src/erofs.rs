@@ -276,7 +276,7 @@ fn set_immutable(path: &Path, on: bool) -> io::Result<()> {
 }
 
 impl Driver for Images {
-    fn create(&self, dirs: &Dirs, record: &Record, _ahead: bool) -> Result<(), Error> {
+    fn create(&self, dirs: &Dirs, record: &Record) -> Result<(), Error> {
         let owner = match self.default_size_bytes {
             0 => owner(dirs, record)?,
             // In an image of its own; owners here are of no account.

@@ -11,9 +11,7 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use async_trait::async_trait;
 use lighter_kv::Db;
@@ -23,24 +21,10 @@ use crate::flush::Flush;
 use crate::storage::{Draft, Record, Records, check_active};
 use crate::{CommitOptions, Error, Info, Kind, LabelUpdate, Labels, Mount, Snapshotter, Usage};
 
-/// How long after a prepare the directory for the next is made.
-const AHEAD_AFTER: Duration = Duration::from_millis(3);
-
 /// What differs between drivers. All methods block.
 pub(crate) trait Driver: Send + Sync + fmt::Debug + 'static {
-    /// Makes the directory of a new snapshot; `ahead` says that [`Driver::make_ahead`] did its part.
-    fn create(&self, dirs: &Dirs, record: &Record, ahead: bool) -> Result<(), Error>;
-
-    /// Whether [`Driver::make_ahead`] saves time.
-    fn makes_ahead(&self) -> bool {
-        false
-    }
-
-    /// Makes what an active snapshot needs whatever it will be: making a directory takes a disk longer
-    /// than all else that a prepare does.
-    fn make_ahead(&self, _dirs: &Dirs, _id: u64) -> Result<(), Error> {
-        Ok(())
-    }
+    /// Makes the directory of a new snapshot.
+    fn create(&self, dirs: &Dirs, record: &Record) -> Result<(), Error>;
 
     /// Whether everything that [`Driver::create`] makes is there for an active snapshot or view.
     fn is_whole(&self, dirs: &Dirs, record: &Record) -> bool {
@@ -104,19 +88,6 @@ struct Inner<D> {
     /// Things that may go: left by a crash, or by removed snapshots. Numbers are not reused, so
     /// nothing that is being made can be among them.
     garbage: Mutex<Vec<PathBuf>>,
-    /// Number of a directory that was made ahead of need.
-    ready: Mutex<Option<u64>>,
-    /// Another will be.
-    making: AtomicBool,
-}
-
-impl<D> Drop for Inner<D> {
-    fn drop(&mut self) {
-        if let Some(id) = lock(&self.ready).take() {
-            // One that stays is garbage to the next open.
-            let _stays = self.dirs.remove(id);
-        }
-    }
 }
 
 /// A [`Snapshotter`] made of a driver, records and directories.
@@ -145,8 +116,6 @@ impl<D: Driver> Local<D> {
             removal,
             flush: Flush::default(),
             garbage: Mutex::default(),
-            ready: Mutex::default(),
-            making: AtomicBool::new(false),
         };
         inner.reconcile()?;
         Ok(Self {
@@ -199,7 +168,7 @@ impl<D: Driver> Inner<D> {
             // acknowledged. It is made again, as it was at first. Only a parent that is lost as well prevents that.
             if record.info.kind != Kind::Committed {
                 self.dirs.remove(record.id)?;
-                match self.driver.create(&self.dirs, record, false) {
+                match self.driver.create(&self.dirs, record) {
                     Ok(()) => {
                         tracing::warn!(key = %record.info.name, id = record.id,
                             "snapshot without directory made again, empty");
@@ -240,19 +209,12 @@ impl<D: Driver> Inner<D> {
         Ok(())
     }
 
-    /// Makes a snapshot, in the directory that is `ready` for it or in a new one.
-    fn create(&self, draft: &Draft, ready: Option<u64>) -> Result<Vec<Mount>, Error> {
-        let id = ready.unwrap_or_else(|| self.dirs.next_id());
-        let record = match self.records.plan(draft, id) {
-            Ok(record) => record,
-            Err(error) => {
-                ready.into_iter().for_each(|id| self.keep_ready(id));
-                return Err(error);
-            }
-        };
+    fn create(&self, draft: &Draft) -> Result<Vec<Mount>, Error> {
+        let id = self.dirs.next_id();
+        let record = self.records.plan(draft, id)?;
         let result = self
             .driver
-            .create(&self.dirs, &record, ready.is_some())
+            .create(&self.dirs, &record)
             .and_then(|()| self.driver.mounts(&self.dirs, &record))
             .and_then(|mounts| {
                 // Whoever tells the client waits, most often for a record of his own that follows;
@@ -268,31 +230,6 @@ impl<D: Driver> Inner<D> {
             lock(&self.garbage).push(self.dirs.path(id));
         }
         result
-    }
-
-    /// Has the next prepare find its directory made, once what the last one is for is under way. Blocks.
-    fn make_ahead(&self) {
-        std::thread::sleep(AHEAD_AFTER);
-        self.making.store(false, Ordering::Release);
-        if lock(&self.ready).is_some() {
-            return;
-        }
-        let id = self.dirs.next_id();
-        match self.driver.make_ahead(&self.dirs, id) {
-            Ok(()) => self.keep_ready(id),
-            Err(error) => {
-                // The prepare that finds none says what is wrong.
-                tracing::debug!(error = %lighter_proto::errdefs::render(&error), "nothing made ahead");
-                let _stays = self.dirs.remove(id);
-            }
-        }
-    }
-
-    /// Keeps a directory for the next prepare; one is enough.
-    fn keep_ready(&self, id: u64) {
-        if let Some(other) = lock(&self.ready).replace(id) {
-            lock(&self.garbage).push(self.dirs.path(other));
-        }
     }
 
     fn mounts(&self, key: &str) -> Result<Vec<Mount>, Error> {
@@ -414,17 +351,7 @@ impl<D: Driver> Snapshotter for Local<D> {
         labels: Labels,
     ) -> Result<Vec<Mount>, Error> {
         let draft = draft(key, Kind::Active, parent, labels)?;
-        let ready = lock(&self.inner.ready).take();
-        let mounts = match ready {
-            // Nothing is left to do that blocks.
-            Some(_) => self.inner.create(&draft, ready),
-            None => self.blocking(move |inner| inner.create(&draft, None)).await,
-        }?;
-        if self.inner.driver.makes_ahead() && !self.inner.making.swap(true, Ordering::AcqRel) {
-            let inner = Arc::clone(&self.inner);
-            drop(tokio::task::spawn_blocking(move || inner.make_ahead()));
-        }
-        Ok(mounts)
+        self.blocking(move |inner| inner.create(&draft)).await
     }
 
     async fn view(
@@ -434,7 +361,7 @@ impl<D: Driver> Snapshotter for Local<D> {
         labels: Labels,
     ) -> Result<Vec<Mount>, Error> {
         let draft = draft(key, Kind::View, parent, labels)?;
-        self.blocking(move |inner| inner.create(&draft, None)).await
+        self.blocking(move |inner| inner.create(&draft)).await
     }
 
     async fn commit(&self, name: &str, key: &str, options: CommitOptions) -> Result<(), Error> {

@@ -38,7 +38,7 @@ impl Native {
 }
 
 impl Driver for Copying {
-    fn create(&self, dirs: &Dirs, record: &Record, _ahead: bool) -> Result<(), Error> {
+    fn create(&self, dirs: &Dirs, record: &Record) -> Result<(), Error> {
         dirs.make(&record.id.to_string(), 0o755)?;
         match record.parent_ids.first() {
             // A view of a parent is the parent itself; its own directory stays empty.

@@ -139,38 +139,20 @@ pub(crate) fn owner(dirs: &Dirs, record: &Record) -> Result<Option<(u32, u32)>, 
     Ok(Some((stat.st_uid, stat.st_gid)).filter(|pair| *pair != (0, 0)))
 }
 
-/// The directories of a snapshot, which are root's.
-fn make(dirs: &Dirs, id: u64, kind: Kind) -> Result<(), Error> {
-    dirs.make(&id.to_string(), 0o700)?;
-    dirs.make(&format!("{id}/fs"), 0o755)?;
-    if kind == Kind::Active {
-        dirs.make(&format!("{id}/work"), 0o711)?;
-    }
-    Ok(())
-}
-
 impl Driver for Overlay {
-    fn create(&self, dirs: &Dirs, record: &Record, ahead: bool) -> Result<(), Error> {
+    fn create(&self, dirs: &Dirs, record: &Record) -> Result<(), Error> {
         let owner = owner(dirs, record)?;
-        let fs = format!("{}/fs", record.id);
-        if ahead {
-            // The root of a container is as old as the container.
-            dirs.touch(&fs)?;
-        } else {
-            make(dirs, record.id, record.info.kind)?;
-        }
+        let id = record.id.to_string();
+        dirs.make(&id, 0o700)?;
+        let fs = format!("{id}/fs");
+        dirs.make(&fs, 0o755)?;
         if let Some((uid, gid)) = owner {
             dirs.chown(&fs, uid, gid)?;
         }
+        if record.info.kind == Kind::Active {
+            dirs.make(&format!("{id}/work"), 0o711)?;
+        }
         Ok(())
-    }
-
-    fn makes_ahead(&self) -> bool {
-        true
-    }
-
-    fn make_ahead(&self, dirs: &Dirs, id: u64) -> Result<(), Error> {
-        make(dirs, id, Kind::Active)
     }
 
     fn is_whole(&self, dirs: &Dirs, record: &Record) -> bool {
