@@ -176,10 +176,12 @@ impl Plugin {
             machine: self.machine,
             target_pid: self.target_pid(pod, &config)?,
             volumes,
-            recursive_readonly: self
-                .features_of_handler(&pod.handler)
-                .await
-                .recursive_read_only_mounts,
+            // Asking a runtime takes a process, and hardly any container wants to know.
+            recursive_readonly: config.mounts.iter().any(|m| m.recursive_read_only)
+                && self
+                    .features_of_handler(&pod.handler)
+                    .await
+                    .recursive_read_only_mounts,
             base: self.base_spec(&pod.handler),
         })?;
         self.inject_devices(&mut spec, cdi_devices(&config)?)
