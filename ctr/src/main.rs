@@ -28,6 +28,7 @@ mod process;
 mod progress;
 mod remote;
 mod signals;
+mod snapshot;
 mod spec;
 mod streaming;
 mod table;

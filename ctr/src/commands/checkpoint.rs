@@ -14,7 +14,6 @@ use lighter_proto::containerd::services::diff::v1::{ApplyRequest, DiffRequest};
 use lighter_proto::containerd::services::images::v1::Image;
 use lighter_proto::containerd::services::snapshots::v1::{
     MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest,
-    ViewSnapshotRequest,
 };
 use lighter_proto::containerd::services::tasks::v1::{
     CheckpointTaskRequest, PauseTaskRequest, ResumeTaskRequest,
@@ -35,6 +34,7 @@ use crate::image::platform::Platform;
 use crate::image::{self, model, unpack};
 use crate::lease;
 use crate::process::Process;
+use crate::snapshot::{self, Access};
 
 const CRIU: &str = "application/vnd.containerd.container.criu.checkpoint.criu.tar";
 const CONFIG: &str = "application/vnd.containerd.container.checkpoint.config.v1+proto";
@@ -235,13 +235,13 @@ pub(super) async fn diff(
         .into_inner()
         .mounts;
     let view = format!("{key}-parent-view-{:016x}", rand::random::<u64>());
-    let request = ViewSnapshotRequest {
+    let request = PrepareSnapshotRequest {
         snapshotter: snapshotter.clone(),
         key: view.clone(),
         parent: info.parent,
         labels: HashMap::new(),
     };
-    let left = client.snapshots().view(request).await?.into_inner().mounts;
+    let left = snapshot::make(client, Access::Read, request).await?;
     let request = DiffRequest {
         left,
         right,
@@ -354,12 +354,7 @@ impl Restore {
             parent,
             labels: HashMap::new(),
         };
-        let mounts = client
-            .snapshots()
-            .prepare(request)
-            .await?
-            .into_inner()
-            .mounts;
+        let mounts = snapshot::make(&client, Access::Write, request).await?;
         if self.rw {
             let layer = needed(LAYER)?.to_wire();
             let request = ApplyRequest {

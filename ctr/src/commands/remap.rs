@@ -15,6 +15,7 @@ use crate::advice;
 use crate::client::Client;
 use crate::image::unpack;
 use crate::mount;
+use crate::snapshot::{self, Access};
 use crate::spec::model::IdMapping;
 
 /// Directories nested deeper than this are refused: an image made them.
@@ -90,12 +91,7 @@ pub(super) async fn parent(
         parent: parent.to_owned(),
         labels: HashMap::new(),
     };
-    let mounts = client
-        .snapshots()
-        .prepare(request)
-        .await?
-        .into_inner()
-        .mounts;
+    let mounts = snapshot::make(client, Access::Write, request).await?;
     let outcome = async {
         chown(&mounts, maps).context("cannot map the image's files")?;
         let request = CommitSnapshotRequest {

@@ -6,7 +6,7 @@ use std::path::Path;
 use clap::Args;
 use lighter_proto::containerd::services::leases::v1::DeleteRequest;
 use lighter_proto::containerd::services::snapshots::v1::{
-    PrepareSnapshotRequest, RemoveSnapshotRequest, ViewSnapshotRequest,
+    PrepareSnapshotRequest, RemoveSnapshotRequest,
 };
 
 use crate::advice::{self, is_already_exists, is_not_found};
@@ -17,6 +17,7 @@ use crate::image::platform::Platform;
 use crate::image::{self, unpack};
 use crate::lease;
 use crate::mount;
+use crate::snapshot::{self, Access};
 use crate::table;
 
 /// Mount an image's filesystem
@@ -91,26 +92,14 @@ impl Mount {
         let record = image::get(client, &self.name).await?;
         let resolved = image::resolve(client, &image::target(&record)?, &platform).await?;
         let parent = unpack::unpack(client, &resolved, snapshotter, self.sync_fs).await?;
-        let (snapshotter, key) = (snapshotter.to_owned(), self.target.clone());
-        let labels = HashMap::new();
-        let mut snapshots = client.snapshots();
-        let mounts = if self.rw {
-            let request = PrepareSnapshotRequest {
-                snapshotter,
-                key,
-                parent,
-                labels,
-            };
-            snapshots.prepare(request).await?.into_inner().mounts
-        } else {
-            let request = ViewSnapshotRequest {
-                snapshotter,
-                key,
-                parent,
-                labels,
-            };
-            snapshots.view(request).await?.into_inner().mounts
+        let access = if self.rw { Access::Write } else { Access::Read };
+        let request = PrepareSnapshotRequest {
+            snapshotter: snapshotter.to_owned(),
+            key: self.target.clone(),
+            parent,
+            labels: HashMap::new(),
         };
+        let mounts = snapshot::make(client, access, request).await?;
         mount::apply(&mounts, Path::new(&self.target))
     }
 }

@@ -1,23 +1,24 @@
 //! `ctr snapshots`.
 
-use std::collections::{BTreeMap, HashMap};
+mod diff;
+mod show;
+
+use std::collections::HashMap;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use lighter_proto::containerd::services::diff::v1::DiffRequest;
 use lighter_proto::containerd::services::snapshots::v1::{
     CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
-    RemoveSnapshotRequest, StatSnapshotRequest, UpdateSnapshotRequest, UsageRequest,
-    ViewSnapshotRequest,
+    RemoveSnapshotRequest, StatSnapshotRequest, UpdateSnapshotRequest,
 };
 use lighter_proto::containerd::types::Mount;
-use serde::Serialize;
 
-use super::{checkpoint, each};
+use self::diff::Diff;
+use self::show::shown;
+use super::each;
 use crate::cli::Ctx;
 use crate::client::Client;
 use crate::content;
-use crate::duration;
 use crate::flags::SnapshotterFlag;
 use crate::image::model::Descriptor;
 use crate::image::platform::Platform;
@@ -26,6 +27,7 @@ use crate::json;
 use crate::labels;
 use crate::lease;
 use crate::mount;
+use crate::snapshot::{self, Access};
 use crate::table;
 
 /// Label that keeps a snapshot made by hand.
@@ -123,27 +125,6 @@ struct Prepare {
     parent: String,
 }
 
-/// Flags of `diff`.
-#[derive(Debug, Args)]
-struct Diff {
-    /// Form of the result
-    #[arg(long, default_value = "application/vnd.oci.image.layer.v1.tar+gzip")]
-    media_type: String,
-    /// Name of the ingest it is written through
-    #[arg(long = "ref", default_value = "", hide_default_value = true)]
-    reference: String,
-    /// Keep the result as content
-    #[arg(long)]
-    keep: bool,
-    /// Labels of the result
-    #[arg(long, value_name = "KEY=VALUE")]
-    label: Vec<String>,
-    /// Snapshot; with a second one, the older of the two
-    a: String,
-    /// Newer snapshot
-    b: Option<String>,
-}
-
 /// The snapshotter of all verbs.
 struct Scope<'a> {
     client: &'a Client,
@@ -166,8 +147,8 @@ impl Snapshots {
             Verb::Info { key } => table::json(&shown(scope.stat(key).await?)),
             Verb::List { filters } => scope.list(filters).await,
             Verb::Mounts { target, key } => print_mounts(&scope.mounts(key).await?, &target),
-            Verb::Prepare(prepare) => scope.prepare(prepare, false).await,
-            Verb::View(prepare) => scope.prepare(prepare, true).await,
+            Verb::Prepare(prepare) => scope.prepare(prepare, Access::Write).await,
+            Verb::View(prepare) => scope.prepare(prepare, Access::Read).await,
             Verb::Delete { keys } => {
                 let scope = &scope;
                 each(&keys, "remove snapshot", |key| async move {
@@ -183,29 +164,6 @@ impl Snapshots {
     }
 }
 
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "PascalCase")]
-struct Shown {
-    kind: String,
-    name: String,
-    parent: String,
-    labels: BTreeMap<String, String>,
-    created: String,
-    updated: String,
-}
-
-fn shown(info: Info) -> Shown {
-    let kind = info.kind().as_str_name();
-    Shown {
-        kind: format!("{}{}", &kind[..1], kind[1..].to_ascii_lowercase()),
-        name: info.name,
-        parent: info.parent,
-        labels: info.labels.into_iter().collect(),
-        created: json::time(info.created_at.as_ref()),
-        updated: json::time(info.updated_at.as_ref()),
-    }
-}
-
 fn print_mounts(mounts: &[Mount], target: &str) -> anyhow::Result<()> {
     table::lines(mounts.iter().map(|entry| mount::command(entry, target)))
 }
@@ -214,13 +172,6 @@ fn print_mounts(mounts: &[Mount], target: &str) -> anyhow::Result<()> {
 fn root_label() -> HashMap<String, String> {
     let now = json::time(Some(&lighter_proto::time::now()));
     HashMap::from([(GC_ROOT.to_owned(), now)])
-}
-
-#[derive(Debug, Serialize)]
-struct UsageRow {
-    key: String,
-    size: i64,
-    inodes: i64,
 }
 
 impl Scope<'_> {
@@ -291,39 +242,20 @@ impl Scope<'_> {
         Ok(())
     }
 
-    async fn list(&self, filters: Vec<String>) -> anyhow::Result<()> {
-        let rows: Vec<_> = self.all(filters).await?.into_iter().map(shown).collect();
-        table::list(self.ctx.format, &rows, ["KEY", "PARENT", "KIND"], |row| {
-            [row.name.clone(), row.parent.clone(), row.kind.clone()]
-        })
-    }
-
-    async fn prepare(&self, flags: Prepare, view: bool) -> anyhow::Result<()> {
+    async fn prepare(&self, flags: Prepare, access: Access) -> anyhow::Result<()> {
         let Prepare {
             target,
             mounts: as_json,
             key,
             parent,
         } = flags;
-        let (snapshotter, labels) = (self.name(), root_label());
-        let mut snapshots = self.client.snapshots();
-        let mounts = if view {
-            let request = ViewSnapshotRequest {
-                snapshotter,
-                key,
-                parent,
-                labels,
-            };
-            snapshots.view(request).await?.into_inner().mounts
-        } else {
-            let request = PrepareSnapshotRequest {
-                snapshotter,
-                key,
-                parent,
-                labels,
-            };
-            snapshots.prepare(request).await?.into_inner().mounts
+        let request = PrepareSnapshotRequest {
+            snapshotter: self.name(),
+            key,
+            parent,
+            labels: root_label(),
         };
+        let mounts = snapshot::make(self.client, access, request).await?;
         if as_json {
             let shown: Vec<_> = mounts
                 .iter()
@@ -371,11 +303,6 @@ impl Scope<'_> {
         table::line(&labels::show(&stored.labels))
     }
 
-    async fn tree(&self) -> anyhow::Result<()> {
-        let all = self.all(Vec::new()).await?;
-        table::lines(tree(&all))
-    }
-
     async fn unpack(&self, digest: String) -> anyhow::Result<()> {
         let bytes = content::read(self.client, &digest).await?;
         // A bare digest does not say what it names; the document does.
@@ -397,157 +324,5 @@ impl Scope<'_> {
         })
         .await?;
         table::line(&format!("unpacked: {top}"))
-    }
-
-    async fn usage(&self, bytes: bool, keys: Vec<String>) -> anyhow::Result<()> {
-        let keys = if keys.is_empty() {
-            self.all(Vec::new())
-                .await?
-                .into_iter()
-                .map(|info| info.name)
-                .collect()
-        } else {
-            keys
-        };
-        let mut rows = Vec::new();
-        for key in keys {
-            let request = UsageRequest {
-                snapshotter: self.name(),
-                key: key.clone(),
-            };
-            let usage = self.client.snapshots().usage(request).await?.into_inner();
-            rows.push(UsageRow {
-                key,
-                size: usage.size,
-                inodes: usage.inodes,
-            });
-        }
-        table::list(self.ctx.format, &rows, ["KEY", "SIZE", "INODES"], |row| {
-            let size = if bytes {
-                row.size.to_string()
-            } else {
-                duration::size(row.size)
-            };
-            [row.key.clone(), size, row.inodes.to_string()]
-        })
-    }
-
-    async fn diff(&self, flags: Diff) -> anyhow::Result<()> {
-        lease::hold(self.client, |client| async move {
-            let made = match &flags.b {
-                None => {
-                    let kind = &flags.media_type;
-                    checkpoint::diff(&client, &self.snapshotter, &flags.a, kind, &flags.reference)
-                        .await?
-                }
-                Some(newer) => {
-                    let request = DiffRequest {
-                        left: self.readable(&client, &flags.a).await?,
-                        right: self.readable(&client, newer).await?,
-                        media_type: flags.media_type.clone(),
-                        r#ref: flags.reference.clone(),
-                        ..Default::default()
-                    };
-                    let made = client.diff().diff(request).await?.into_inner().diff;
-                    made.context("the daemon made no diff")?
-                }
-            };
-            let mut labels = labels::given(&flags.label);
-            if flags.keep {
-                labels.extend(root_label());
-            }
-            unpack::label(&client, &made.digest, labels).await?;
-            let mut stream = content::stream(&client, &made.digest).await?;
-            while let Some(part) = stream.message().await? {
-                table::raw(&part.data)?;
-            }
-            Ok(())
-        })
-        .await
-    }
-
-    /// Mounts of a snapshot, through a view when it is committed; the view goes with the lease.
-    async fn readable(&self, client: &Client, key: &str) -> anyhow::Result<Vec<Mount>> {
-        use lighter_proto::containerd::services::snapshots::v1::Kind;
-        if self.stat(key.to_owned()).await?.kind() != Kind::Committed {
-            return self.mounts(key.to_owned()).await;
-        }
-        let request = ViewSnapshotRequest {
-            snapshotter: self.name(),
-            key: format!("{key}-view-{:016x}", rand::random::<u64>()),
-            parent: key.to_owned(),
-            labels: HashMap::new(),
-        };
-        Ok(client.snapshots().view(request).await?.into_inner().mounts)
-    }
-}
-
-/// Lines of the forest of snapshots: children below their parents.
-fn tree(all: &[Info]) -> Vec<String> {
-    let mut children: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    let known: std::collections::BTreeSet<_> = all.iter().map(|info| info.name.as_str()).collect();
-    for info in all {
-        // A parent that is not listed makes a root, so that nothing is left out.
-        let parent = if known.contains(info.parent.as_str()) {
-            info.parent.as_str()
-        } else {
-            ""
-        };
-        children.entry(parent).or_default().push(&info.name);
-    }
-    let mut lines = Vec::new();
-    let mut stack: Vec<(&str, usize)> = Vec::new();
-    let push = |stack: &mut Vec<_>, name: &str, depth: usize| {
-        let mut below = children.get(name).cloned().unwrap_or_default();
-        below.sort_unstable();
-        stack.extend(below.into_iter().rev().map(|child| (child, depth)));
-    };
-    push(&mut stack, "", 0);
-    while let Some((name, depth)) = stack.pop() {
-        let indent = if depth == 0 {
-            String::new()
-        } else {
-            format!("{}\\_ ", "  ".repeat(depth))
-        };
-        lines.push(format!("{indent}{name}"));
-        if lines.len() > all.len() {
-            break;
-        }
-        push(&mut stack, name, depth + 1);
-    }
-    lines
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn info(name: &str, parent: &str) -> Info {
-        Info {
-            name: name.to_owned(),
-            parent: parent.to_owned(),
-            ..Default::default()
-        }
-    }
-
-    #[test]
-    fn children_stand_below_their_parents() {
-        let all = [
-            info("c", "b"),
-            info("a", ""),
-            info("b", "a"),
-            info("d", "a"),
-            info("x", "gone"),
-        ];
-        assert_eq!(tree(&all), ["a", "  \\_ b", "    \\_ c", "  \\_ d", "x"]);
-    }
-
-    #[test]
-    fn a_ring_of_parents_ends() {
-        assert_eq!(
-            tree(&[info("a", "b"), info("b", "a")]),
-            Vec::<String>::new()
-        );
-        assert_eq!(tree(&[info("a", "a")]), Vec::<String>::new());
     }
 }
