@@ -1,6 +1,13 @@
 //! The whole way through [`Cni`], with plugins made of shell scripts.
 
+use std::collections::HashSet;
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::*;
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
-use super::Cni;
+use crate::networks::Cni;
 
 /// How often a missing directory is looked for.
 const RETRY: Duration = Duration::from_secs(1);
