@@ -8,6 +8,7 @@
 //!                  Ready            before it waits to be started (init only)
 //!                  Failed text      then it exits
 //! parent → child   Go pid           maps are written, control groups and limits set
+//!                  Groups + fds     the control groups, made while the child set itself up
 //!                  HooksDone, ListenerTaken
 //! ```
 //! An exec'd process has no `Ready`: the line closes when its program runs. Sending and receiving without descriptors
@@ -27,6 +28,8 @@ use crate::error::{Context, Error, Result};
 
 /// Longest text of a failure that is sent.
 const MAX_MESSAGE: usize = 8192;
+/// Most descriptors that go along with a message.
+pub(crate) const MAX_FDS: usize = 24;
 
 /// One message.
 #[derive(Debug)]
@@ -38,6 +41,8 @@ pub(crate) enum Message {
     Ready,
     Failed(String),
     Go(i32),
+    /// At most [`MAX_FDS`] files to write `0` into.
+    Groups(Vec<OwnedFd>),
     HooksDone,
     ListenerTaken,
 }
@@ -72,7 +77,11 @@ impl Channel {
     pub(crate) fn send(&self, message: Message) -> Result<()> {
         let mut packet = Vec::with_capacity(16);
         match message {
-            Message::Console(fd) => return self.send_fd(b'C', fd.as_fd()),
+            Message::Console(fd) => return self.send_fds(b'C', &[fd.as_fd()]),
+            Message::Groups(files) => {
+                let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+                return self.send_fds(b'E', &files);
+            }
             Message::Spawned(pid) => numbered(&mut packet, b'S', pid),
             Message::Listener(number) => numbered(&mut packet, b'L', number),
             Message::Go(pid) => numbered(&mut packet, b'G', pid),
@@ -94,18 +103,17 @@ impl Channel {
             .map(drop)
     }
 
-    fn send_fd(&self, kind: u8, fd: BorrowedFd<'_>) -> Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    fn send_fds(&self, kind: u8, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        let fds = [fd];
-        control.push(SendAncillaryMessage::ScmRights(&fds));
+        control.push(SendAncillaryMessage::ScmRights(fds));
         rustix::net::sendmsg(
             &self.0,
             &[IoSlice::new(&[kind])],
             &mut control,
             SendFlags::NOSIGNAL,
         )
-        .context(|| "send a descriptor")
+        .context(|| "send descriptors")
         .map(drop)
     }
 
@@ -124,7 +132,7 @@ impl Channel {
 
     fn receive_with(&self, flags: RecvFlags) -> Result<Polled> {
         let mut packet = vec![0_u8; MAX_MESSAGE];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
             let mut parts = [IoSliceMut::new(&mut packet)];
@@ -136,13 +144,13 @@ impl Channel {
                 other => break other.context(|| "receive from the other process")?,
             }
         };
-        let mut fd = None;
+        let mut fds = Vec::new();
         for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(fds) = message {
-                fd = fds.into_iter().next();
+            if let RecvAncillaryMessage::ScmRights(found) = message {
+                fds.extend(found);
             }
         }
-        let message = parse(&packet[..received.bytes], fd)?;
+        let message = parse(&packet[..received.bytes], fds)?;
         Ok(message.map_or(Polled::Closed, Polled::Message))
     }
 
@@ -155,7 +163,7 @@ impl Channel {
                 Err(Errno::CONNRESET) => return Ok(None),
                 other => {
                     let length = other.context(|| "receive from the other process")?;
-                    return parse(&packet[..length], None);
+                    return parse(&packet[..length], Vec::new());
                 }
             }
         }
@@ -167,21 +175,22 @@ fn numbered(packet: &mut Vec<u8>, kind: u8, number: i32) {
     packet.extend_from_slice(&number.to_ne_bytes());
 }
 
-fn parse(packet: &[u8], fd: Option<OwnedFd>) -> Result<Option<Message>> {
+fn parse(packet: &[u8], mut fds: Vec<OwnedFd>) -> Result<Option<Message>> {
     let Some((kind, rest)) = packet.split_first() else {
         return Ok(None);
     };
     let number = || rest.try_into().map(i32::from_ne_bytes).ok();
-    let message = match (*kind, fd) {
-        (b'C', Some(fd)) => Some(Message::Console(fd)),
-        (b'S', _) => number().map(Message::Spawned),
-        (b'L', _) => number().map(Message::Listener),
-        (b'G', _) => number().map(Message::Go),
-        (b'M', _) => Some(Message::Mounted),
-        (b'R', _) => Some(Message::Ready),
-        (b'H', _) => Some(Message::HooksDone),
-        (b'T', _) => Some(Message::ListenerTaken),
-        (b'F', _) => Some(Message::Failed(String::from_utf8_lossy(rest).into_owned())),
+    let message = match *kind {
+        b'C' => fds.pop().map(Message::Console),
+        b'E' => Some(Message::Groups(fds)),
+        b'S' => number().map(Message::Spawned),
+        b'L' => number().map(Message::Listener),
+        b'G' => number().map(Message::Go),
+        b'M' => Some(Message::Mounted),
+        b'R' => Some(Message::Ready),
+        b'H' => Some(Message::HooksDone),
+        b'T' => Some(Message::ListenerTaken),
+        b'F' => Some(Message::Failed(String::from_utf8_lossy(rest).into_owned())),
         _ => None,
     };
     message
@@ -228,5 +237,16 @@ mod tests {
         let mut got = [0; 2];
         rustix::io::read(&reader, &mut got).unwrap();
         assert_eq!(&got, b"hi");
+
+        let ends = (0..MAX_FDS / 2).map(|_| rustix::pipe::pipe().unwrap());
+        let files: Vec<_> = ends.flat_map(|(reader, writer)| [reader, writer]).collect();
+        one.send(Message::Groups(files)).unwrap();
+        let Some(Message::Groups(files)) = other.receive().unwrap() else {
+            panic!("no descriptors")
+        };
+        assert_eq!(files.len(), MAX_FDS);
+        one.send(Message::Groups(Vec::new())).unwrap();
+        let none = other.receive().unwrap();
+        assert!(matches!(none, Some(Message::Groups(files)) if files.is_empty()));
     }
 }

@@ -2,17 +2,20 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags};
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::event::PollFlags;
+use rustix::process::{Pid, Signal};
 
 use crate::cgroup::{Group, Stats, systemd};
+use crate::directory::Directory;
 use crate::error::{Context, Error, Result};
 use crate::hooks;
+use crate::init_process::{end_init, ends_soon, is_alive, signal_from, signal_init, wait_for};
+use crate::kept::Kept;
+use crate::record::Record;
 use crate::runtime::Runtime;
-use crate::spec::{Hook, Hooks, Resources};
-use crate::state::{Directory, Record, State, Status, process_stat};
+use crate::spec::Resources;
+use crate::state::{State, Status};
 
 /// Whom a signal reaches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,13 +34,6 @@ pub enum Deletion {
     /// Any: what runs is killed.
     Forced,
 }
-
-/// How long a killed init may take to end before deleting gives up.
-const KILL_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long deleting waits for an init that may be about to end: who has seen the program's last output may be
-/// faster than its exit.
-const EXIT_GRACE: Duration = Duration::from_millis(100);
 
 /// A container that exists.
 #[derive(Debug)]
@@ -313,102 +309,17 @@ impl<'a> Container<'a> {
     }
 }
 
-/// A container whose creator still has its record at hand, and is the parent of its first process: starting and deleting
-/// are a handful of system calls then.
-#[derive(Debug)]
-pub struct Kept {
-    directory: Directory,
-    record: Record,
-}
-
-/// The lock of a [`Kept`] container, held.
-struct Turn<'a>(&'a Directory);
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        self.0.unlock();
-    }
-}
-
-impl Kept {
-    pub(crate) fn new(directory: Directory, record: Record) -> Self {
-        Self { directory, record }
-    }
-
-    fn turn(&self) -> Result<Option<Turn<'_>>> {
-        let taken = self.directory.try_lock()?;
-        Ok(taken.then_some(Turn(&self.directory)))
-    }
-
-    fn has_hooks(&self, kind: impl Fn(&Hooks) -> &Vec<Hook>) -> bool {
-        let hooks = self.record.hooks.as_ref();
-        hooks.is_some_and(|hooks| !kind(hooks).is_empty())
-    }
-
-    /// The first half of [`Container::start`], which waits for nothing: the program runs, or could not be executed,
-    /// when the returned descriptor shows an error to poll(2); [`finish_start`](Self::finish_start) then says which.
-    /// `None`, and nothing done, if the container is busy or has poststart hooks: those take [`Container::start`].
-    ///
-    /// # Errors
-    /// As [`Container::start`].
-    pub fn begin_start(&self) -> Result<Option<OwnedFd>> {
-        if self.has_hooks(|hooks| &hooks.poststart) {
-            return Ok(None);
-        }
-        let Some(_turn) = self.turn()? else {
-            return Ok(None);
-        };
-        // One that has ended does not read its fifo any more.
-        let status = status_alive(&self.directory, &self.record);
-        tell_start(&self.directory, &self.record, status).map(Some)
-    }
-
-    /// The second half of a start.
-    ///
-    /// # Errors
-    /// `Process` with the reason if the program could not be executed.
-    pub fn finish_start(&self) -> Result<()> {
-        started(&self.directory)
-    }
-
-    /// Whether somebody else deleted the container.
-    #[must_use]
-    pub fn is_deleted(&self) -> bool {
-        !self.directory.has_record()
-    }
-
-    /// [`Container::delete`] of a stopped container, if that takes no waiting: `false` if it would (its control group is
-    /// still busy, or it has poststop hooks, or systemd is to be asked). What was removed until then stays so.
-    ///
-    /// # Errors
-    /// As [`Container::delete`].
-    pub fn delete_at_once(&self) -> Result<bool> {
-        let record = &self.record;
-        let waits = self.has_hooks(|hooks| &hooks.poststop)
-            || record.systemd_unit.is_some()
-            || record.resctrl.is_some()
-            || record.namespaces & libc::CLONE_NEWPID == 0;
-        if waits {
-            return Ok(false);
-        }
-        let Some(_turn) = self.turn()? else {
-            return Ok(false);
-        };
-        if is_alive(record) {
-            return Ok(false);
-        }
-        if let Some(group) = &record.group
-            && !group.remove_at_once()?
-        {
-            return Ok(false);
-        }
-        self.directory.remove()?;
-        Ok(true)
+impl Locked<'_> {
+    fn group(&self) -> Result<&Group> {
+        self.record
+            .group
+            .as_ref()
+            .ok_or_else(|| Error::State("the container has no cgroup".into()))
     }
 }
 
 /// Status of a container whose init lives.
-fn status_alive(directory: &Directory, record: &Record) -> Status {
+pub(crate) fn status_alive(directory: &Directory, record: &Record) -> Status {
     if record.group.as_ref().is_some_and(Group::is_frozen) {
         return Status::Paused;
     }
@@ -420,7 +331,11 @@ fn status_alive(directory: &Directory, record: &Record) -> Status {
 }
 
 /// Lets init go on. Its end of the returned fifo closes when it executes its program, and when it dies.
-fn tell_start(directory: &Directory, record: &Record, status: Status) -> Result<OwnedFd> {
+pub(crate) fn tell_start(
+    directory: &Directory,
+    record: &Record,
+    status: Status,
+) -> Result<OwnedFd> {
     match status {
         Status::Created | Status::Creating => {}
         Status::Stopped => {
@@ -448,96 +363,10 @@ fn tell_start(directory: &Directory, record: &Record, status: Status) -> Result<
 }
 
 /// Why a start failed, if it did.
-fn started(directory: &Directory) -> Result<()> {
+pub(crate) fn started(directory: &Directory) -> Result<()> {
     match directory.failure() {
         Some(text) => Err(Error::Process(text)),
         None => Ok(()),
-    }
-}
-
-impl Locked<'_> {
-    fn group(&self) -> Result<&Group> {
-        self.record
-            .group
-            .as_ref()
-            .ok_or_else(|| Error::State("the container has no cgroup".into()))
-    }
-}
-
-/// Whether init lives: there, the same process as then, and not a zombie.
-pub(crate) fn is_alive(record: &Record) -> bool {
-    process_stat(record.pid)
-        .is_some_and(|found| found.start == record.pid_start && !matches!(found.state, 'Z' | 'X'))
-}
-
-/// A descriptor of init, checked to be the recorded process after it was opened.
-pub(crate) fn open_init(record: &Record) -> Result<OwnedFd> {
-    let pid = Pid::from_raw(record.pid).ok_or(Error::NotRunning)?;
-    let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
-        Err(rustix::io::Errno::SRCH) => return Err(Error::NotRunning),
-        other => other.context(|| "pidfd_open")?,
-    };
-    if is_alive(record) {
-        Ok(pidfd)
-    } else {
-        Err(Error::NotRunning)
-    }
-}
-
-fn signal_init(record: &Record, signal: Signal) -> Result<()> {
-    let init = open_init(record)?;
-    match rustix::process::pidfd_send_signal(&init, signal) {
-        Err(rustix::io::Errno::SRCH) => Err(Error::NotRunning),
-        other => other.context(|| format!("signal process {}", record.pid)),
-    }
-}
-
-/// A signal by number, real-time ones included.
-fn signal_from(number: i32) -> Result<Signal> {
-    Signal::from_named_raw(number)
-        .or_else(|| crate::sys::realtime_signal(number))
-        .ok_or_else(|| Error::Spec(format!("unknown signal {number}")))
-}
-
-/// Waits for events on a descriptor (errors and hang-ups always count); `false` when the time is over.
-fn wait_for(fd: &OwnedFd, events: PollFlags, timeout: Option<Duration>) -> Result<bool> {
-    let timeout = timeout.map(|timeout| {
-        rustix::event::Timespec::try_from(timeout).expect("timeouts here are seconds")
-    });
-    loop {
-        let mut polled = [PollFd::new(fd, events)];
-        match rustix::event::poll(&mut polled, timeout.as_ref()) {
-            Err(rustix::io::Errno::INTR) => {}
-            Ok(count) => return Ok(count > 0),
-            Err(error) => return Err(error).context(|| "poll"),
-        }
-    }
-}
-
-/// Kills init and waits until it has ended (not until it is reaped).
-fn end_init(record: &Record) -> Result<()> {
-    let init = match open_init(record) {
-        Err(Error::NotRunning) => return Ok(()),
-        other => other?,
-    };
-    rustix::process::pidfd_send_signal(&init, Signal::KILL).ok();
-    if let Some(group) = &record.group
-        && group.is_frozen()
-    {
-        group.thaw()?;
-    }
-    if wait_for(&init, PollFlags::IN, Some(KILL_TIMEOUT))? {
-        Ok(())
-    } else {
-        Err(Error::State("container init still running".into()))
-    }
-}
-
-/// Whether init ends by itself within the grace.
-fn ends_soon(record: &Record) -> bool {
-    match open_init(record) {
-        Ok(init) => wait_for(&init, PollFlags::IN, Some(EXIT_GRACE)).unwrap_or(false),
-        Err(_) => true,
     }
 }
 

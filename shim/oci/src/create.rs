@@ -2,29 +2,31 @@
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::SystemTime;
 
 use rustix::fs::{Mode, OFlags};
-use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
-    SocketFlags, SocketType,
-};
 
 use crate::cgroup::{CgroupView, Entry, Group};
-use crate::channel::{Channel, Message};
+use crate::channel::{Channel, MAX_FDS, Message};
+use crate::check::{check_names, check_stdio, check_sysctls};
 use crate::creating::{Creating, Made, died_early};
+use crate::directory::{Directory, check_id};
 use crate::error::{Context, Error, Result};
 use crate::init::rootfs::{self, Opened, RootChange, Sources};
 use crate::init::{Init, Waits, identity, never_return};
+use crate::init_process::process_stat;
+use crate::listener::pass_listener;
 use crate::namespaces::{ForChildren, KINDS, Namespaces, write_id_maps};
-use crate::request::{CreateRequest, Created, Parentage, RootMode, Stdio};
+use crate::record::Record;
+use crate::request::{CreateRequest, Created, Parentage, RootMode};
 use crate::runtime::{CgroupDriver, Runtime, check_labels};
 use crate::seccomp::Program;
 use crate::spawn::{self, Birth, Newborn};
 use crate::spec::{Linux, Process, Spec};
-use crate::state::{self, Directory, Record, check_id, process_stat};
+use crate::state;
 use crate::sys::{self, CLONE_NEWTIME, CloneRequest};
+use crate::time::rfc3339;
 use crate::{hooks, netdev, resctrl};
 
 impl Runtime {
@@ -138,6 +140,32 @@ fn has_create_hooks(spec: &Spec) -> bool {
     })
 }
 
+/// How the first process gets into its control group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Joins {
+    /// Is born there, or goes there before all else.
+    First,
+    /// Goes there when it is told.
+    Later,
+    /// Is put there before all else.
+    FromOutside,
+}
+
+/// Tells the first process where its control group is.
+fn hand_over(group: &Group, channel: &Channel) -> Result<()> {
+    let files = match group.entry("")? {
+        Entry::Writes(files) => files,
+        Entry::Born(_) => Vec::new(),
+    };
+    channel.send(Message::Groups(files)).map_err(|error| {
+        // It has failed, and has said why.
+        match channel.receive() {
+            Ok(Some(Message::Failed(text))) => Error::Process(text),
+            _ => error,
+        }
+    })
+}
+
 struct Creation<'a> {
     runtime: &'a Runtime,
     request: &'a CreateRequest<'a>,
@@ -191,13 +219,26 @@ impl Creation<'_> {
             group.check_unused()?;
         }
         self.made.group.clone_from(&group);
-        if let Some(group) = group.as_ref().filter(|_| !systemd) {
+        let meanwhile = group.as_ref().filter(|group| self.joins_later(group));
+        let before = group.as_ref().filter(|_| !systemd && meanwhile.is_none());
+        if let Some(group) = before {
             self.make_group(group)?;
         }
         let (parent_end, child_end) = Channel::pair()?;
-        let child = self.clone_init(systemd, &parent_end, child_end)?;
+        let joins = if systemd {
+            Joins::FromOutside
+        } else if meanwhile.is_some() {
+            Joins::Later
+        } else {
+            Joins::First
+        };
+        let child = self.clone_init(joins, &parent_end, child_end)?;
         let pid = child.pid;
         self.made.child = Some(child);
+        if let Some(group) = meanwhile {
+            self.make_group(group)?;
+            hand_over(group, &parent_end)?;
+        }
         let unit = match (&self.made.group, systemd) {
             (Some(group), true) => Some(self.make_scope(group, pid)?),
             _ => None,
@@ -208,6 +249,18 @@ impl Creation<'_> {
         let record = self.record(unit, pid, stat.start);
         self.made.directory().write(&record)?;
         Ok((parent_end, record))
+    }
+
+    /// On v1 a group is a directory in each of a dozen hierarchies, and making them takes as long as all mounts of a
+    /// container: its process makes these meanwhile, and joins before it may run anything of the container's.
+    fn joins_later(&self, group: &Group) -> bool {
+        let Group::Legacy { directories, .. } = group else {
+            return false;
+        };
+        self.runtime.options.driver != CgroupDriver::Systemd
+            && directories.len() < MAX_FDS
+            && rustix::process::geteuid().is_root()
+            && is_simple(self.spec())
     }
 
     fn plan_group(&self, systemd: bool) -> Result<Option<Group>> {
@@ -256,12 +309,12 @@ impl Creation<'_> {
 
     fn clone_init(
         &self,
-        systemd: bool,
+        joins: Joins,
         parent_end: &Channel,
         child_end: Channel,
     ) -> Result<Newborn> {
         let group = self.made.group.as_ref();
-        let entry = match group.filter(|_| !systemd) {
+        let entry = match group.filter(|_| joins == Joins::First) {
             Some(group) => group.entry("")?,
             None => Entry::Writes(Vec::new()),
         };
@@ -286,8 +339,9 @@ impl Creation<'_> {
             Entry::Writes(files) => (None, files),
         };
         let waits = Waits {
-            go: foreign_user || systemd,
+            go: foreign_user || joins == Joins::FromOutside,
             hooks: has_create_hooks(self.spec()),
+            groups: joins == Joins::Later,
         };
         let birth = Birth {
             request: CloneRequest {
@@ -410,17 +464,17 @@ impl Creation<'_> {
         netdev::move_into(devices, namespace.as_fd())
     }
 
+    /// The state that hooks and agents are told.
+    fn creating_state(&self, pid: i32) -> String {
+        let CreateRequest { id, bundle, .. } = self.request;
+        state::hook_state(self.spec(), id, bundle, pid, "creating")
+    }
+
     fn run_prestart_hooks(&self, pid: i32) -> Result<()> {
         let Some(hooks) = &self.spec().hooks else {
             return Ok(());
         };
-        let state = state::hook_state(
-            self.spec(),
-            self.request.id,
-            self.request.bundle,
-            pid,
-            "creating",
-        );
+        let state = self.creating_state(pid);
         hooks::run("prestart", &hooks.prestart, &state)?;
         hooks::run("createRuntime", &hooks.create_runtime, &state)
     }
@@ -429,13 +483,7 @@ impl Creation<'_> {
         let Some(program) = &self.seccomp else {
             return Ok(());
         };
-        let state = state::hook_state(
-            self.spec(),
-            self.request.id,
-            self.request.bundle,
-            pid,
-            "creating",
-        );
+        let state = self.creating_state(pid);
         pass_listener(program, listener, &self.spec().oci_version, pid, &state)
     }
 
@@ -454,7 +502,7 @@ impl Creation<'_> {
             rootfs: self.rootfs.clone(),
             pid,
             pid_start,
-            created: state::rfc3339(SystemTime::now()),
+            created: rfc3339(SystemTime::now()),
             owner: rustix::process::geteuid().as_raw(),
             annotations: spec.annotations.clone(),
             group: self.made.group.clone(),
@@ -471,163 +519,6 @@ impl Creation<'_> {
             seccomp: self.seccomp.clone(),
             personality: self.linux.personality.clone(),
             memory_policy: self.linux.memory_policy.clone(),
-        }
-    }
-}
-
-pub(crate) fn check_stdio(process: &Process, stdio: &Stdio) -> Result<()> {
-    match (process.terminal, stdio) {
-        (true, Stdio::Terminal { .. }) | (false, Stdio::Inherit | Stdio::Fds { .. }) => Ok(()),
-        (true, _) => Err(Error::Spec(
-            "process.terminal is set but no console is provided".into(),
-        )),
-        (false, _) => Err(Error::Spec(
-            "a console is provided but process.terminal is not set".into(),
-        )),
-    }
-}
-
-/// Names that only a namespace may bear: anything else would rename the machine.
-fn check_names(spec: &Spec, namespaces: &Namespaces) -> Result<()> {
-    if namespaces.separate(libc::CLONE_NEWUTS) {
-        return Ok(());
-    }
-    for (what, name) in [
-        ("hostname", &spec.hostname),
-        ("domainname", &spec.domainname),
-    ] {
-        if !name.is_empty() {
-            return Err(Error::Spec(format!(
-                "unable to set {what} without a private UTS namespace"
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// Kernel parameters that are the namespaces' own; anything else would change the machine.
-fn check_sysctls(linux: &Linux, namespaces: &Namespaces) -> Result<()> {
-    const IPC: &[&str] = &[
-        "kernel.msgmax",
-        "kernel.msgmnb",
-        "kernel.msgmni",
-        "kernel.sem",
-        "kernel.shmall",
-        "kernel.shmmax",
-        "kernel.shmmni",
-        "kernel.shm_rmid_forced",
-    ];
-    for key in linux.sysctl.keys() {
-        let name = if key
-            .find('/')
-            .is_some_and(|slash| key.find('.').is_none_or(|dot| slash < dot))
-        {
-            key.replace('/', ".")
-        } else {
-            key.clone()
-        };
-        if name.split('.').any(str::is_empty) || key.contains("..") {
-            return Err(Error::Spec(format!("sysctl {key:?} is not a key")));
-        }
-        let refuse = |needs: &str| {
-            Err(Error::Spec(format!(
-                "sysctl {key:?} is not allowed {needs}"
-            )))
-        };
-        if IPC.contains(&name.as_str()) || name.starts_with("fs.mqueue.") {
-            if !namespaces.separate(libc::CLONE_NEWIPC) {
-                return refuse("in the hosts ipc namespace");
-            }
-        } else if name.starts_with("net.") {
-            if !namespaces.separate(libc::CLONE_NEWNET) {
-                return refuse("in the hosts network namespace");
-            }
-        } else if name == "kernel.domainname"
-            || name.starts_with("user.") && namespaces.separate(libc::CLONE_NEWUSER)
-        {
-            if !namespaces.separate(libc::CLONE_NEWUTS) {
-                return refuse("in the hosts uts namespace");
-            }
-        } else if name == "kernel.hostname" {
-            return refuse("as it conflicts with the OCI \"hostname\" field");
-        } else {
-            return Err(Error::Spec(format!(
-                "sysctl {key:?} is not in a separate kernel namespace"
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// Sends the listener of a notifying filter to its agent, with the container's state.
-/// Spec: config-linux.md, "Container Process State".
-pub(crate) fn pass_listener(
-    program: &Program,
-    listener: &OwnedFd,
-    version: &str,
-    pid: i32,
-    state: &str,
-) -> Result<()> {
-    let what = || format!("seccomp listener {}", program.listener_path);
-    let state: serde_json::Value = serde_json::from_str(state).expect("made by us");
-    let text = serde_json::json!({
-        "ociVersion": version,
-        "fds": ["seccompFd"],
-        "pid": pid,
-        "metadata": program.listener_metadata,
-        "state": state,
-    })
-    .to_string();
-    let socket = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .context(what)?;
-    let address = SocketAddrUnix::new(Path::new(&program.listener_path)).context(what)?;
-    rustix::net::connect(&socket, &address).context(what)?;
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    let fds = [listener.as_fd()];
-    control.push(SendAncillaryMessage::ScmRights(&fds));
-    rustix::net::sendmsg(
-        &socket,
-        &[std::io::IoSlice::new(text.as_bytes())],
-        &mut control,
-        SendFlags::NOSIGNAL,
-    )
-    .context(what)
-    .map(drop)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_namespaced_parameters_are_taken() {
-        let linux = |key: &str| -> Linux {
-            serde_json::from_value(serde_json::json!({
-                "sysctl": {key: "1"}, "namespaces": [{"type": "ipc"}, {"type": "network"}]
-            }))
-            .unwrap()
-        };
-        let check = |key: &str| {
-            let linux = linux(key);
-            check_sysctls(&linux, &Namespaces::plan(&linux).unwrap())
-        };
-        check("net.ipv4.ip_forward").unwrap();
-        check("net/ipv4/conf/eth0.100/forwarding").unwrap();
-        check("kernel.shmmax").unwrap();
-        for wrong in [
-            "kernel.hostname",
-            "vm.swappiness",
-            "kernel.core_pattern",
-            "net/../kernel/core_pattern",
-            "kernel.domainname",
-        ] {
-            assert!(check(wrong).is_err(), "{wrong}");
         }
     }
 }

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 
 use crate::cgroup::Group;
 use crate::channel::{Channel, Message, Polled};
-use crate::container::Kept;
+use crate::directory::Directory;
 use crate::error::{Error, Result};
+use crate::kept::Kept;
+use crate::record::Record;
 use crate::request::Created;
 use crate::spawn::Newborn;
-use crate::state::{Directory, Record};
 
 /// What was made so far, undone when creating fails.
 #[derive(Debug)]

@@ -7,16 +7,19 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::cgroup::Entry;
 use crate::channel::{Channel, Message};
-use crate::container::{Container, open_init};
-use crate::create::{check_stdio, pass_listener};
+use crate::check::check_stdio;
+use crate::container::Container;
 use crate::error::{Context, Error, Result};
 use crate::init::join::{Join, cpu_list};
 use crate::init::{identity, never_return};
+use crate::init_process::open_init;
+use crate::listener::pass_listener;
 use crate::namespaces::{ForChildren, KINDS};
+use crate::record::Record;
 use crate::request::{Created, ExecRequest, Parentage};
 use crate::runtime::check_labels;
 use crate::spawn::{self, Birth, Newborn};
-use crate::state::{Record, Status};
+use crate::state::Status;
 use crate::sys::CloneRequest;
 
 impl Container<'_> {

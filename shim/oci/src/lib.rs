@@ -54,18 +54,25 @@
 mod capability;
 pub mod cgroup;
 mod channel;
+mod check;
 mod checkpoint;
 pub mod cli;
 mod container;
 mod create;
 mod creating;
+mod directory;
 mod error;
 mod exec;
 mod hooks;
 mod init;
+mod init_process;
+mod kept;
+mod listener;
 mod mount;
 mod namespaces;
 mod netdev;
+mod passing;
+mod record;
 mod request;
 mod resctrl;
 mod runtime;
@@ -75,6 +82,7 @@ mod spawn;
 pub mod spec;
 mod state;
 mod sys;
+mod time;
 
 /// Finds out what does not change in a process and in those it forks, so that each of them knows it.
 pub fn look_ahead() {
@@ -84,9 +92,10 @@ pub fn look_ahead() {
 }
 
 pub use cgroup::{Group, Stats};
-pub use container::{Container, Deletion, Kept, KillScope};
+pub use container::{Container, Deletion, KillScope};
 pub use creating::Creating;
 pub use error::{Error, Result, errno_text};
+pub use kept::Kept;
 pub use namespaces::spare_network;
 pub use request::{
     CreateRequest, Created, ExecRequest, KeyringMode, Parentage, RootMode, Stdio, TerminalSize,

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 
 use crate::cgroup::Host;
 use crate::container::Container;
+use crate::directory::{Directory, check_id};
 use crate::error::{Context, Error, Result};
 use crate::seccomp::{self, Program};
 use crate::spec::Seccomp;
-use crate::state::{Directory, check_id};
 use crate::{seal, spec};
 
 /// Compiled profiles that are kept: containers of one machine use one or two.

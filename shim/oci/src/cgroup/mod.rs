@@ -55,6 +55,16 @@ pub struct Directory {
     pub mount: PathBuf,
 }
 
+/// What goes into `pids.max`, of either version; `None` where no limit is asked for.
+fn pids_max(resources: &Resources) -> Option<String> {
+    let limit = resources.pids.as_ref()?.limit?;
+    match limit {
+        0 => None,
+        1.. => Some(limit.to_string()),
+        _ => Some("max".to_owned()),
+    }
+}
+
 /// What `cgroup` mounts inside a container show.
 #[derive(Clone, Debug)]
 pub(crate) enum CgroupView {

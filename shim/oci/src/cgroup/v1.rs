@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Mode, OFlags};
 
 use super::devices::Rule;
-use super::{Directory, fs};
+use super::{Directory, fs, pids_max};
 use crate::error::{Context, Error, Result};
 use crate::spec::Resources;
 use crate::spec::linux::{BlockIo, Cpu, Memory};
@@ -122,17 +122,7 @@ pub(super) fn apply(directories: &[Directory], resources: &Resources) -> Result<
     if let Some(cpu) = &resources.cpu {
         apply_cpu(directories, cpu)?;
     }
-    if let Some(limit) = resources
-        .pids
-        .as_ref()
-        .and_then(|pids| pids.limit)
-        .filter(|limit| *limit != 0)
-    {
-        let value = if limit > 0 {
-            limit.to_string()
-        } else {
-            "max".to_owned()
-        };
+    if let Some(value) = pids_max(resources) {
         fs::write(require(directories, "pids")?, "pids.max", &value)?;
     }
     if let Some(block) = &resources.block_io {

@@ -1,8 +1,10 @@
 //! Writing a container to images.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::Command;
 
-use super::{Choices, DESCRIPTORS, external_mounts};
+use super::{Choices, DESCRIPTORS, external_mounts, joined};
 use crate::container::{Container, Deletion};
 use crate::error::{Context, Error, Result};
 use crate::spec::Spec;
@@ -60,6 +62,7 @@ pub(super) fn dump(
             command.arg("--external").arg(format!("mnt[{path}]:{path}"));
         }
     }
+    leave_namespaces(&mut command, record.pid, &spec)?;
     if let Some(freezer) = record
         .group
         .as_ref()
@@ -91,6 +94,21 @@ pub(super) fn dump(
     drop(locked);
     if afterwards == Afterwards::Ends && !pre_dump {
         container.delete(Deletion::Forced)?;
+    }
+    Ok(())
+}
+
+/// The network of a pod is not this container's to write, nor are its processes.
+fn leave_namespaces(command: &mut Command, pid: i32, spec: &Spec) -> Result<()> {
+    for namespace in spec.linux.iter().flat_map(joined) {
+        let path = format!("/proc/{pid}/ns/{}", namespace.kind);
+        let file = std::fs::metadata(&path).context(|| format!("stat {path}"))?;
+        command.arg("--external").arg(format!(
+            "{}[{}]:{}",
+            namespace.kind,
+            file.ino(),
+            namespace.label
+        ));
     }
     Ok(())
 }

@@ -13,13 +13,28 @@ use std::process::{Command, Stdio};
 use crate::error::{Context, Error, Result};
 use crate::mount::options::Options;
 use crate::mount::{attach, target};
-use crate::spec::Spec;
+use crate::spec::{Linux, Spec};
 
 /// Name of the file with init's descriptors.
 const DESCRIPTORS: &str = "descriptors.json";
 
 /// Bytes of CRIU's log that go into an error.
 const LOG_TAIL: usize = 600;
+
+/// Namespaces that can be somebody else's: as a spec names them, as CRIU does, and runc's label for CRIU's images.
+const EXTERNAL: [(&str, &str, &str); 2] = [
+    ("network", "net", "extRootNetNS"),
+    ("pid", "pid", "extRootPidNS"),
+];
+
+/// A namespace of somebody else's that the container is in: CRIU neither writes nor makes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Joined<'a> {
+    /// CRIU's name of its kind, which is that of its file below `/proc`.
+    kind: &'static str,
+    label: &'static str,
+    path: &'a str,
+}
 
 /// What can be said about dumping and restoring alike.
 #[derive(Clone, Debug, Default)]
@@ -124,4 +139,39 @@ fn external_mounts(spec: &Spec, bundle: &Path) -> Result<Vec<(PathBuf, PathBuf)>
         }
     }
     Ok(external)
+}
+
+/// Namespaces that the container joined.
+fn joined(linux: &Linux) -> Vec<Joined<'_>> {
+    let theirs = linux.namespaces.iter().filter(|n| !n.path.is_empty());
+    let known = theirs.filter_map(|namespace| {
+        let &(_, kind, label) = EXTERNAL
+            .iter()
+            .find(|(name, _, _)| *name == namespace.kind)?;
+        Some(Joined {
+            kind,
+            label,
+            path: &namespace.path,
+        })
+    });
+    known.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_joined_namespaces_are_external() {
+        let linux: Linux = serde_json::from_str(
+            r#"{"namespaces":[{"type":"pid"},{"type":"uts","path":"/u"},{"type":"network","path":"/n"}]}"#,
+        )
+        .unwrap();
+        let network = Joined {
+            kind: "net",
+            label: "extRootNetNS",
+            path: "/n",
+        };
+        assert_eq!(joined(&linux), [network]);
+    }
 }

@@ -1,21 +1,26 @@
 //! Making a container from images.
 
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::mount::{UnmountFlags, mount_bind_recursive, unmount};
 use rustix::process::{Pid, PidfdFlags};
 
-use super::{Choices, DESCRIPTORS, external_mounts};
+use super::{Choices, DESCRIPTORS, external_mounts, joined};
 use crate::cgroup::Group;
+use crate::directory::{Directory, check_id};
 use crate::error::{Context, Error, Result};
+use crate::init_process::process_stat;
 use crate::namespaces::Namespaces;
+use crate::record::Record;
 use crate::request::Created;
 use crate::runtime::Runtime;
 use crate::spec::Spec;
-use crate::state::{Directory, Record, check_id, process_stat, rfc3339};
+use crate::time::rfc3339;
 
 /// The root filesystem, mounted where CRIU wants a mount point of its own; unmounted when dropped.
 struct CriuRoot(PathBuf);
@@ -163,7 +168,18 @@ fn run_criu(
         }
     }
     inherit_streams(&mut command, &choices.images)?;
+    // Open until CRIU has ended, and not closed for it: it finds them by their numbers.
+    let mut inherited = Vec::new();
+    for namespace in joined(linux) {
+        let opened = rustix::fs::open(namespace.path, OFlags::RDONLY, Mode::empty());
+        let opened = opened.context(|| format!("open {}", namespace.path))?;
+        command
+            .arg("--inherit-fd")
+            .arg(format!("fd[{}]:{}", opened.as_raw_fd(), namespace.label));
+        inherited.push(opened);
+    }
     choices.run(command, "restore", log)?;
+    drop(inherited);
     drop(root);
     Ok(())
 }

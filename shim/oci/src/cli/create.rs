@@ -4,15 +4,11 @@ use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
-    SocketFlags, SocketType,
-};
-
 use super::args::{Arguments, Flag, one_id};
 use super::{Context, Status, attach};
 use crate::container::Deletion;
 use crate::error::{Context as _, Error, Result};
+use crate::passing;
 use crate::request::{CreateRequest, Created, KeyringMode, RootMode};
 use crate::spec::Spec;
 use crate::sys;
@@ -80,27 +76,7 @@ impl<'a> Handover<'a> {
 
 /// Sends a descriptor to whoever listens at `path`.
 fn send_fd(path: &str, fd: &OwnedFd, name: &[u8]) -> Result<()> {
-    let what = || format!("send to socket {path}");
-    let socket = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .context(what)?;
-    rustix::net::connect(&socket, &SocketAddrUnix::new(path).context(what)?).context(what)?;
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    let fds = [fd.as_fd()];
-    control.push(SendAncillaryMessage::ScmRights(&fds));
-    rustix::net::sendmsg(
-        &socket,
-        &[std::io::IoSlice::new(name)],
-        &mut control,
-        SendFlags::NOSIGNAL,
-    )
-    .context(what)
-    .map(drop)
+    passing::send_to(path, name, fd.as_fd()).context(|| format!("send to socket {path}"))
 }
 
 /// Readers see the whole number or no file.

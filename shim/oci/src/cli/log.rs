@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::error::{Context, Error, Result};
-use crate::state::rfc3339;
+use crate::time::rfc3339;
 
 /// Where log lines go.
 #[derive(Clone, Debug)]

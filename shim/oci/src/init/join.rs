@@ -4,7 +4,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
 
-use super::{SeccompLoad, become_root, exec, expect, identity, own_keyring, rootfs, seclude};
+use super::{
+    SeccompLoad, become_root, exec, expect, given, identity, own_keyring, rootfs, seclude,
+};
 use crate::cgroup::Entry;
 use crate::channel::{Channel, Message};
 use crate::error::{Context, Error, Result};
@@ -43,15 +45,7 @@ impl Join<'_> {
     fn kept(&self) -> Vec<BorrowedFd<'_>> {
         let mut kept = vec![self.channel.as_fd(), self.init.as_fd()];
         kept.extend(self.root.iter().map(AsFd::as_fd));
-        if let Stdio::Fds {
-            stdin,
-            stdout,
-            stderr,
-        } = self.stdio
-        {
-            kept.extend([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
-        }
-        kept.extend((3..3 + self.preserve_fds).filter_map(|number| sys::inherited(number).ok()));
+        kept.extend(given(self.stdio, self.preserve_fds));
         kept
     }
 

@@ -59,6 +59,8 @@ pub(crate) struct Waits {
     pub(crate) go: bool,
     /// `HooksDone` when everything is mounted.
     pub(crate) hooks: bool,
+    /// `Groups` before the first mount that shows them, or else when the new root is entered.
+    pub(crate) groups: bool,
 }
 
 /// Runs `child` and ends the process: with its error sent to the parent, or silently when the parent is gone.
@@ -100,11 +102,30 @@ pub(crate) fn seclude(kept: &[BorrowedFd<'_>], entry: &Entry) -> Result<()> {
     // Caught signals of the runtime mean nothing here; blocked ones would reach the program.
     sys::reset_signals();
     if let Entry::Writes(files) = entry {
-        for file in files {
-            rustix::io::write(file, b"0").context(|| "join the control group")?;
-        }
+        join_groups(files)?;
     }
     Ok(())
+}
+
+fn join_groups(files: &[OwnedFd]) -> Result<()> {
+    for file in files {
+        rustix::io::write(file, b"0").context(|| "join the control group")?;
+    }
+    Ok(())
+}
+
+/// Descriptors that the program is given: its standard streams, and those it inherits by number.
+fn given(stdio: &Stdio, preserve_fds: u32) -> Vec<BorrowedFd<'_>> {
+    let mut given = match stdio {
+        Stdio::Fds {
+            stdin,
+            stdout,
+            stderr,
+        } => vec![stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
+        Stdio::Inherit | Stdio::Terminal { .. } => Vec::new(),
+    };
+    given.extend((3..3 + preserve_fds).filter_map(|number| sys::inherited(number).ok()));
+    given
 }
 
 impl Init<'_> {
@@ -126,15 +147,7 @@ impl Init<'_> {
         kept.extend(self.ready_network());
         kept.extend(self.sources.root.iter().map(AsFd::as_fd));
         kept.extend(self.sources.binds.iter().flatten().map(AsFd::as_fd));
-        if let Stdio::Fds {
-            stdin,
-            stdout,
-            stderr,
-        } = self.stdio
-        {
-            kept.extend([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
-        }
-        kept.extend((3..3 + self.preserve_fds).filter_map(|number| sys::inherited(number).ok()));
+        kept.extend(given(self.stdio, self.preserve_fds));
         kept
     }
 
@@ -152,8 +165,8 @@ impl Init<'_> {
         if self.namespaces.separate(libc::CLONE_NEWUSER) {
             become_root()?;
         }
-        if self.namespaces.has_new(libc::CLONE_NEWCGROUP) {
-            sys::unshare(libc::CLONE_NEWCGROUP).context(|| "unshare the cgroup namespace")?;
+        if !self.waits.groups {
+            self.own_cgroup_namespace()?;
         }
         rustix::process::setsid().context(|| "setsid")?;
         if self.keyring == KeyringMode::Own {
@@ -171,8 +184,31 @@ impl Init<'_> {
         self.become_program()
     }
 
+    /// Its root is the group that this process is in.
+    fn own_cgroup_namespace(&self) -> Result<()> {
+        if self.namespaces.has_new(libc::CLONE_NEWCGROUP) {
+            sys::unshare(libc::CLONE_NEWCGROUP).context(|| "unshare the cgroup namespace")?;
+        }
+        Ok(())
+    }
+
+    /// Joins the control groups that the parent made meanwhile, if it has not happened.
+    fn enter_groups(&self, outside: &mut bool) -> Result<()> {
+        if !std::mem::take(outside) {
+            return Ok(());
+        }
+        match self.channel.receive()? {
+            Some(Message::Groups(files)) => join_groups(&files)?,
+            Some(other) => return Err(Error::Process(format!("unexpected message {other:?}"))),
+            None => return Err(Error::Process("the runtime has gone away".into())),
+        }
+        self.own_cgroup_namespace()
+    }
+
     /// Mounts, hooks, names, kernel parameters, root change. Returns the terminal's end if there is one.
     fn build_root(&mut self) -> Result<Option<OwnedFd>> {
+        let mut outside = self.waits.groups;
+        let sources = std::mem::take(&mut self.sources);
         let own_mounts = self.namespaces.separate(libc::CLONE_NEWNS);
         let linux = self.spec.linux.as_ref().expect("validated");
         let mut terminal = None;
@@ -186,7 +222,7 @@ impl Init<'_> {
                 cgroup_namespace: self.namespaces.separate(libc::CLONE_NEWCGROUP),
                 cgroup: &self.cgroup_view,
             };
-            let mounted = rootfs::mount(&plan, std::mem::take(&mut self.sources))?;
+            let mounted = rootfs::mount(&plan, sources, || self.enter_groups(&mut outside))?;
             if matches!(self.stdio, Stdio::Terminal { .. }) {
                 terminal = Some(self.open_terminal(&mounted)?);
             }
@@ -220,6 +256,7 @@ impl Init<'_> {
             }
             None => rootfs::chroot_only(self.spec, self.rootfs)?,
         }
+        self.enter_groups(&mut outside)?;
         Ok(terminal)
     }
 

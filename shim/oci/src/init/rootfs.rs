@@ -106,8 +106,12 @@ fn clone_tree(path: &Path) -> Result<OwnedFd> {
         .context(|| format!("bind root filesystem {}", path.display()))
 }
 
-/// Mounts everything of the configuration.
-pub(crate) fn mount(plan: &Plan<'_>, mut sources: Sources) -> Result<Tree> {
+/// Mounts everything of the configuration. `enter_groups` is called before each mount that shows control groups.
+pub(crate) fn mount(
+    plan: &Plan<'_>,
+    mut sources: Sources,
+    mut enter_groups: impl FnMut() -> Result<()>,
+) -> Result<Tree> {
     let linux = plan.spec.linux.as_ref().expect("validated");
     let propagation = match linux.rootfs_propagation.as_str() {
         "" => (MS_SLAVE, true),
@@ -131,6 +135,7 @@ pub(crate) fn mount(plan: &Plan<'_>, mut sources: Sources) -> Result<Tree> {
     for (mount, prepared) in plan.spec.mounts.iter().zip(sources.binds) {
         let is_cgroup = matches!(mount.kind.as_str(), "cgroup" | "cgroup2");
         let attached = if is_cgroup {
+            enter_groups()?;
             cgroup::attach(&site, mount, plan.cgroup, plan.cgroup_namespace)?
         } else {
             attach::attach(&site, mount, prepared)?

@@ -286,7 +286,7 @@ fn create(
     };
     rustix::mount::fsconfig_set_string(&context, "source", source)
         .map_err(|error| explain(error, "set source"))?;
-    if !site.label.is_empty() && mount.kind != "proc" && mount.kind != "sysfs" {
+    if !site.label.is_empty() && takes_label(&mount.kind) {
         rustix::mount::fsconfig_set_string(&context, "context", site.label)
             .map_err(|error| explain(error, "set label"))?;
     }
@@ -317,7 +317,24 @@ fn create(
         MountAttrFlags::from_bits_retain(u32::try_from(bits).expect("attribute bits fit in 32"));
     let made = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, bits)
         .map_err(|error| explain(error, "mount"))?;
+    if mount.kind == "mqueue" && !site.label.is_empty() {
+        label_root(made.as_fd(), site.label).map_err(|error| explain(error, "set label"))?;
+    }
     Ok(Some(made))
+}
+
+/// Whether a new filesystem of a type can have a label of its own. The kernel shares the others with
+/// mounts that were made before, and refuses one of another label.
+fn takes_label(kind: &str) -> bool {
+    !matches!(kind, "proc" | "sysfs" | "mqueue" | "cgroup" | "cgroup2")
+}
+
+/// Labels the directory that a mount begins with.
+fn label_root(mount: BorrowedFd<'_>, label: &str) -> rustix::io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::openat(mount, ".", flags, rustix::fs::Mode::empty())?;
+    let none = rustix::fs::XattrFlags::empty();
+    rustix::fs::fsetxattr(&root, "security.selinux", label.as_bytes(), none)
 }
 
 /// mount(2), for option values too long for fsconfig(2) (an overlay of many layers).

@@ -369,7 +369,7 @@ fn deleting_takes_everybody_when_the_pid_namespace_is_shared() {
 }
 
 #[test]
-fn a_checkpoint_is_written_and_ends_the_container() {
+fn a_checkpoint_ends_the_container_and_is_restored() {
     // Not every kernel lets criu do its work: then there is nothing of ours to see.
     let said = match std::process::Command::new("criu").arg("check").output() {
         Ok(said) if said.status.success() => None,
@@ -415,4 +415,25 @@ fn a_checkpoint_is_written_and_ends_the_container() {
         !std::path::Path::new(&format!("/proc/{}", init)).exists(),
         "init has ended"
     );
+    let written = count().expect("a number");
+    let mut restore = bundle.command(&[
+        "restore",
+        "--image-path",
+        images,
+        "--bundle",
+        &path,
+        "--detach",
+        &bundle.id,
+    ]);
+    let restored = restore.stdout(null()).stderr(null()).status().unwrap();
+    assert!(
+        restored.success(),
+        "{}",
+        fs::read_to_string(bundle.path().join("work/restore.log")).unwrap_or_default()
+    );
+    eventually("it counts on", || {
+        count().is_some_and(|count| count > written)
+    });
+    assert_eq!(bundle.say(&["kill", &bundle.id, "KILL"]).code, 0);
+    assert_eq!(bundle.say(&["delete", "--force", &bundle.id]).code, 0);
 }
