@@ -42,6 +42,8 @@ struct Queued {
 struct Queue {
     events: VecDeque<Queued>,
     sending: bool,
+    /// One will come soon.
+    expected: bool,
 }
 
 struct Inner {
@@ -103,6 +105,12 @@ impl Publisher {
         self.0.changed.notify_one();
     }
 
+    /// An event will come soon: connects meanwhile, if it has to.
+    pub(crate) fn expect(&self) {
+        self.queue().expected = true;
+        self.0.changed.notify_one();
+    }
+
     /// Waits until every event was taken.
     pub(crate) async fn drained(&self) {
         loop {
@@ -118,14 +126,21 @@ impl Publisher {
     pub(crate) async fn run(self) {
         let mut client: Option<Client> = None;
         loop {
-            let next = {
+            let (next, expected) = {
                 let mut queue = self.queue();
                 queue.sending = !queue.events.is_empty();
-                queue.events.front().map(|queued| queued.envelope.clone())
+                let next = queue.events.front().map(|queued| queued.envelope.clone());
+                (next, std::mem::take(&mut queue.expected))
             };
             let Some(envelope) = next else {
                 self.0.empty.notify_waiters();
+                if expected && client.is_none() && !self.0.address.is_empty() {
+                    client = connect(&self.0.address).await;
+                    continue;
+                }
                 self.0.changed.notified().await;
+                // Whoever told of the event has an answer to send, which somebody waits for.
+                tokio::task::yield_now().await;
                 continue;
             };
             self.deliver(&mut client, envelope).await;

@@ -12,6 +12,7 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use lighter_proto::line::Line;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -33,6 +34,8 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(3);
 /// A shim without containers and without connections for this long ends: its daemon died between
 /// starting it and using it.
 const IDLE_LIMIT: Duration = Duration::from_secs(120);
+/// How long after its beginning a shim is past the start of its first container.
+const SETTLES_AFTER: Duration = Duration::from_secs(2);
 /// Turns given to other tasks so that the answer to `Shutdown` leaves before the process.
 const LAST_TURNS: usize = 16;
 
@@ -66,9 +69,20 @@ impl Drop for SocketFile {
     }
 }
 
+/// The event loop that [`run`] wants.
+///
+/// # Errors
+/// When the system is out of descriptors or memory.
+pub(crate) fn event_loop() -> Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .map_err(Error::system("start the event loop"))
+}
+
 /// Serves until told to end, then removes the socket.
-pub(crate) fn run(serving: Serving) {
-    sys::tune_allocator();
+pub(crate) fn run(serving: Serving, runtime: &Runtime) {
     let level = match (serving.request.debug, serving.request.quiet) {
         (true, _) => Level::DEBUG,
         (false, false) => Level::INFO,
@@ -78,15 +92,7 @@ pub(crate) fn run(serving: Serving) {
     if let Err(error) = nix::sys::prctl::set_child_subreaper(true) {
         warn!(%error, "cannot adopt orphans: exits of containers will be missed");
     }
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .enable_time()
-        .build();
-    let served = match runtime {
-        Ok(runtime) => runtime.block_on(serve(serving)),
-        Err(error) => Err(Error::system("start the event loop")(error)),
-    };
-    if let Err(error) = served {
+    if let Err(error) = runtime.block_on(serve(serving)) {
         error!(%error, "shim failed");
     }
 }
@@ -112,7 +118,7 @@ async fn serve(serving: Serving) -> Result<()> {
         namespace: request.namespace,
         reaper,
         publisher: publisher.clone(),
-        tracker,
+        tracker: tracker.clone(),
         socket_dir,
         library: Library::knowing(host, network),
     });
@@ -136,7 +142,7 @@ async fn serve(serving: Serving) -> Result<()> {
         .await
         .map_err(|e| Error::Runtime(format!("serve: {e}")))?;
     info!(pid = std::process::id(), "shim serves");
-    sys::trim_heap();
+    tracker.spawn(settle());
     let mut term = signal(SignalKind::terminate()).map_err(Error::system("listen to SIGTERM"))?;
     let mut int = signal(SignalKind::interrupt()).map_err(Error::system("listen to SIGINT"))?;
     tokio::select! {
@@ -157,6 +163,13 @@ async fn serve(serving: Serving) -> Result<()> {
         warn!("the daemon did not take the last events");
     }
     Ok(())
+}
+
+/// Gives back what starting took. A container that is over by then never asks for it again.
+async fn settle() {
+    tokio::time::sleep(SETTLES_AFTER).await;
+    sys::save_memory();
+    sys::trim_heap();
 }
 
 /// Ends when there was neither a container nor a connection for a while.

@@ -89,16 +89,20 @@ pub(crate) fn start(flags: &Flags) -> Result<Option<Vec<u8>>> {
         Ok(Fork::Parent(_)) => Ok(Some(bootstrap::answer(&request, &address))),
         Ok(Fork::Child) => {
             detach(&request);
-            serve::run(Serving {
-                request,
-                bundle,
-                listener,
-                first: None,
-                host: None,
-                network: None,
-                socket: path,
-                socket_dir: dir,
-            });
+            sys::tune_allocator();
+            serve::run(
+                Serving {
+                    request,
+                    bundle,
+                    listener,
+                    first: None,
+                    host: None,
+                    network: None,
+                    socket: path,
+                    socket_dir: dir,
+                },
+                &serve::event_loop()?,
+            );
             Ok(None)
         }
         Err(error) => {
@@ -132,16 +136,20 @@ pub(crate) fn serve_here(flags: &Flags) -> Result<()> {
             }
         },
     };
-    serve::run(Serving {
-        request,
-        bundle,
-        listener,
-        first: None,
-        host: None,
-        network: None,
-        socket: path,
-        socket_dir: dir,
-    });
+    sys::tune_allocator();
+    serve::run(
+        Serving {
+            request,
+            bundle,
+            listener,
+            first: None,
+            host: None,
+            network: None,
+            socket: path,
+            socket_dir: dir,
+        },
+        &serve::event_loop()?,
+    );
     Ok(())
 }
 

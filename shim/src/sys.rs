@@ -112,15 +112,26 @@ pub(crate) fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Keeps the allocator from holding on to memory: one arena, and early return of the heap's top.
+/// Sets the allocator up for one thread, which is about to start a container: what that takes stays at hand until
+/// [`save_memory`].
 pub(crate) fn tune_allocator() {
     #[cfg(target_env = "gnu")]
     // SAFETY: mallopt only sets parameters of the allocator; single-threaded at this point.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 256 * 1024);
+        libc::mallopt(libc::M_TOP_PAD, 64 * 1024);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 * 1024);
+    }
+}
+
+/// Keeps the allocator from holding on to memory from now on: early return of the heap's top.
+pub(crate) fn save_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt only sets parameters of the allocator; this process has one thread.
+    unsafe {
         libc::mallopt(libc::M_TRIM_THRESHOLD, 64 * 1024);
         libc::mallopt(libc::M_TOP_PAD, 16 * 1024);
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 * 1024);
     }
 }
 

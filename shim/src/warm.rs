@@ -53,7 +53,12 @@ const MAX_FRAME_BYTES: usize = 64 << 10;
 /// Most children that are kept ready.
 const MAX_READY: usize = 64;
 /// How long after a child was taken the next one is forked.
-const REFILL_AFTER: Duration = Duration::from_millis(4);
+const REFILL_AFTER: Duration = Duration::from_millis(10);
+/// Heap and stack, in bytes, that the start of a container writes to.
+const HEAP_BYTES: usize = 128 << 10;
+const STACK_BYTES: usize = 56 << 10;
+/// Taken from the heap at a time, below what the allocator maps apart.
+const BLOCK_BYTES: usize = 32 << 10;
 /// Pause after a fork that failed.
 const FORK_AGAIN_AFTER: Duration = Duration::from_millis(200);
 
@@ -185,6 +190,8 @@ fn wait(daemon: OwnedFd, token: OwnedFd, title: Option<&Title>, host: Option<Hos
     // Its first container enters it, if it is to have one of its own.
     let network =
         lighter_oci::spare_network().map_err(|error| Error::Runtime(error.to_string()))?;
+    let event_loop = serve::event_loop()?;
+    touch_memory();
     let order = receive(&daemon)?;
     drop(daemon);
     drop(token);
@@ -216,7 +223,7 @@ fn wait(daemon: OwnedFd, token: OwnedFd, title: Option<&Title>, host: Option<Hos
             serving.network = network;
             // A shim in a cgroup of its own sees other paths.
             serving.host = host.filter(|_| request.options.shim_cgroup.is_empty());
-            serve::run(*serving);
+            serve::run(*serving, &event_loop);
             Ok(())
         }
         Ok(Taken::Elsewhere(address)) => {
@@ -227,6 +234,16 @@ fn wait(daemon: OwnedFd, token: OwnedFd, title: Option<&Title>, host: Option<Hos
             reply(&mut line, Status::Failed, text.as_bytes())
         }
     }
+}
+
+/// Takes the page faults of a container's start before anybody waits for them.
+fn touch_memory() {
+    let heap: Vec<Vec<u8>> = (0..HEAP_BYTES / BLOCK_BYTES)
+        .map(|_| vec![1; BLOCK_BYTES])
+        .collect();
+    std::hint::black_box(&heap);
+    let mut stack = [1_u8; STACK_BYTES];
+    std::hint::black_box(&mut stack);
 }
 
 enum Taken {

@@ -101,6 +101,7 @@ impl Task {
             task.announce_create(&request.rootfs, &request.checkpoint, 0);
             return Ok((task, 0));
         }
+        core.publisher.expect();
         let created = match task.runtime.create(Create { stdio: child }).await {
             Ok(mut running) => match task.adopt(&io, &mut running).await {
                 Ok(()) => Ok(running),
