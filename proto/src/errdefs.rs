@@ -7,6 +7,15 @@
 use std::error::Error as StdError;
 use std::fmt;
 
+use prost::Message as _;
+use prost_types::Any;
+
+use crate::google::rpc;
+
+/// Most bytes of details that are passed on. They travel in the trailers of an answer, for which
+/// clients have a bound, and past which they would not even see the code.
+const DETAILS_MAX_BYTES: usize = 8 << 10;
+
 /// What went wrong, in the terms clients of containerd understand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -179,9 +188,14 @@ impl fmt::Display for ErrorKind {
 pub trait Classify: StdError {
     /// The kind that decides the wire code.
     fn kind(&self) -> ErrorKind;
+
+    /// What a peer said besides, for whoever understands it; see [`WireError::details`].
+    fn details(&self) -> &[Any] {
+        &[]
+    }
 }
 
-/// An error received from, or meant for, a peer: kind and message, no more.
+/// An error received from, or meant for, a peer.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{message}")]
 pub struct WireError {
@@ -189,11 +203,18 @@ pub struct WireError {
     pub kind: ErrorKind,
     /// The message, as received.
     pub message: String,
+    /// Details of the status (`google.rpc.Status`), as received: further errors, causes, and what else
+    /// a backend tells its clients. They mean nothing here and are handed on.
+    pub details: Vec<Any>,
 }
 
 impl Classify for WireError {
     fn kind(&self) -> ErrorKind {
         self.kind
+    }
+
+    fn details(&self) -> &[Any] {
+        &self.details
     }
 }
 
@@ -203,6 +224,16 @@ impl WireError {
         Self {
             kind,
             message: message.into(),
+            details: Vec::new(),
+        }
+    }
+
+    /// What a peer is to know of `error`.
+    pub fn of<E: Classify>(error: &E) -> Self {
+        Self {
+            kind: error.kind(),
+            message: render(error),
+            details: error.details().to_vec(),
         }
     }
 }
@@ -212,6 +243,10 @@ impl From<tonic::Status> for WireError {
         Self {
             kind: ErrorKind::from_wire(status.code(), status.message()),
             message: status.message().to_owned(),
+            // What does not decode is nobody's.
+            details: rpc::Status::decode(status.details())
+                .map(|status| bounded(status.details))
+                .unwrap_or_default(),
         }
     }
 }
@@ -222,17 +257,35 @@ impl From<ttrpc::Error> for WireError {
         match error {
             ttrpc::Error::RpcStatus(status) => {
                 let code = tonic::Code::from_i32(status.code.value());
+                let details = status.details.into_iter().map(|detail| Any {
+                    type_url: detail.type_url,
+                    value: detail.value,
+                });
                 Self {
                     kind: ErrorKind::from_wire(code, &status.message),
                     message: status.message,
+                    details: bounded(details.collect()),
                 }
             }
             other => Self {
                 kind: ErrorKind::Unavailable,
                 message: format!("ttrpc: {other}"),
+                details: Vec::new(),
             },
         }
     }
+}
+
+/// Details that fit into an answer: all of them or none, since half of them may say something else.
+fn bounded(details: Vec<Any>) -> Vec<Any> {
+    let bytes: usize = details
+        .iter()
+        .map(|detail| detail.type_url.len() + detail.value.len())
+        .sum();
+    if bytes > DETAILS_MAX_BYTES {
+        return Vec::new();
+    }
+    details
 }
 
 /// The error and its sources joined by `: `, without repeating a source its parent already shows.
@@ -262,7 +315,7 @@ pub fn message_of(kind: ErrorKind, text: String) -> String {
     }
 }
 
-/// The gRPC status of an error: its source chain as text, its kind as code.
+/// The gRPC status of an error: its source chain as text, its kind as code, a peer's details.
 // Takes the error by value so that it can be handed to `map_err`.
 #[allow(
     clippy::needless_pass_by_value,
@@ -270,7 +323,18 @@ pub fn message_of(kind: ErrorKind, text: String) -> String {
 )]
 pub fn into_status<E: Classify>(error: E) -> tonic::Status {
     let kind = error.kind();
-    tonic::Status::new(kind.code(), message_of(kind, render(&error)))
+    let message = message_of(kind, render(&error));
+    let details = error.details();
+    if details.is_empty() {
+        return tonic::Status::new(kind.code(), message);
+    }
+    // Clients that look at the details take code and message from there as well.
+    let status = rpc::Status {
+        code: kind.code().into(),
+        message: message.clone(),
+        details: details.to_vec(),
+    };
+    tonic::Status::with_details(kind.code(), message, status.encode_to_vec().into())
 }
 
 /// The ttrpc error of an error; the same codes and texts as [`into_status`].
@@ -280,7 +344,16 @@ pub fn into_status<E: Classify>(error: E) -> tonic::Status {
 )]
 pub fn into_ttrpc<E: Classify>(error: E) -> ttrpc::Error {
     let kind = error.kind();
-    ttrpc_status(kind.code(), message_of(kind, render(&error)))
+    let mut status = ttrpc_status(kind.code(), message_of(kind, render(&error)));
+    if let ttrpc::Error::RpcStatus(status) = &mut status {
+        status.details.extend(error.details().iter().map(|detail| {
+            let mut packed = ttrpc::proto::Any::new();
+            packed.type_url.clone_from(&detail.type_url);
+            packed.value.clone_from(&detail.value);
+            packed
+        }));
+    }
+    status
 }
 
 /// A ttrpc error of a gRPC code and a message.
@@ -327,6 +400,39 @@ mod tests {
             let back = WireError::from(into_ttrpc(WireError::new(kind, "x")));
             assert_eq!((back.kind, back.kind.code()), (kind, code));
         }
+    }
+
+    #[test]
+    fn details_of_a_peer_are_handed_on() {
+        let error = |bytes| WireError {
+            details: vec![Any {
+                type_url: "example.com/why".to_owned(),
+                value: vec![7; bytes],
+            }],
+            ..WireError::new(ErrorKind::NotFound, "x")
+        };
+        let sent = error(5);
+        let status = into_status(sent.clone());
+        let whole = rpc::Status::decode(status.details()).unwrap();
+        assert_eq!(
+            (whole.code, whole.message.as_str()),
+            (5, "x: not found"),
+            "clients take all of it from here"
+        );
+        assert_eq!(WireError::from(status).details, sent.details);
+        assert_eq!(
+            WireError::from(into_ttrpc(sent.clone())).details,
+            sent.details
+        );
+        assert_eq!(WireError::of(&sent).details, sent.details);
+        let plain = into_status(WireError::new(ErrorKind::NotFound, "x"));
+        assert!(plain.details().is_empty());
+        // More than an answer can carry.
+        let large = WireError::from(into_status(error(DETAILS_MAX_BYTES)));
+        assert_eq!((large.kind, large.details.len()), (ErrorKind::NotFound, 0));
+        // Nothing that decodes.
+        let odd = tonic::Status::with_details(tonic::Code::NotFound, "x", vec![0xff; 3].into());
+        assert!(WireError::from(odd).details.is_empty());
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use lighter_proto::errdefs::{Classify, ErrorKind, WireError};
+use prost_types::Any;
 
 /// Why a snapshot operation failed.
 #[derive(Debug, thiserror::Error)]
@@ -130,6 +131,13 @@ impl Classify for Error {
             Self::Database(error) => error.kind(),
             Self::Damaged { .. } => ErrorKind::DataLoss,
             Self::Remote(error) => error.kind,
+        }
+    }
+
+    fn details(&self) -> &[Any] {
+        match self {
+            Self::Remote(error) => error.details(),
+            _ => &[],
         }
     }
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use lighter_proto::errdefs::{Classify, ErrorKind};
+use prost_types::Any;
 
 /// Why a store refused. Variants follow what a caller can do about it; texts are complete and end
 /// with their class where clients look at the end.
@@ -117,6 +118,14 @@ impl Classify for Error {
             Self::Database(error) => error.kind(),
             Self::Snapshotter(error) => error.kind(),
             Self::Remote(error) => error.kind,
+        }
+    }
+
+    fn details(&self) -> &[Any] {
+        match self {
+            Self::Snapshotter(error) => error.details(),
+            Self::Remote(error) => error.details(),
+            _ => &[],
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use lighter_proto::errdefs::{Classify, ErrorKind, WireError, render};
+use lighter_proto::errdefs::{Classify, ErrorKind, WireError};
 use lighter_snapshotter::Mount;
 use lighter_store::metadata::{Content, Descriptor};
 use lighter_store::{Digest, Labels, Scope, labels};
@@ -31,7 +31,7 @@ pub struct LocalDiffer {
 }
 
 fn wire<E: Classify>(error: &E) -> WireError {
-    WireError::new(error.kind(), render(error))
+    WireError::of(error)
 }
 
 fn cut_off(error: &tokio::task::JoinError) -> WireError {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::{self, Read};
 
 use async_trait::async_trait;
-use lighter_proto::errdefs::{Classify, ErrorKind, WireError, render};
+use lighter_proto::errdefs::{Classify, ErrorKind, WireError};
 use lighter_snapshotter::Mount;
 use lighter_store::content::BlobReader;
 use lighter_store::{Digest, Scope};
@@ -47,7 +47,7 @@ pub trait Applier: Send + Sync + fmt::Debug {
 }
 
 fn wire<E: Classify>(error: &E) -> WireError {
-    WireError::new(error.kind(), render(error))
+    WireError::of(error)
 }
 
 /// A blob as a blocking reader, wherever it is.

@@ -2,6 +2,7 @@
 
 use lighter_proto::errdefs::{Classify, ErrorKind, WireError};
 use lighter_store::Digest;
+use prost_types::Any;
 
 use crate::registry;
 
@@ -102,6 +103,14 @@ impl Classify for Error {
             Self::Abandoned => ErrorKind::Aborted,
             Self::Registry(error) => error.kind(),
             Self::Store(error) => error.kind(),
+        }
+    }
+
+    fn details(&self) -> &[Any] {
+        match self {
+            Self::Apply { source, .. } => source.details(),
+            Self::Store(error) => error.details(),
+            _ => &[],
         }
     }
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use lighter_proto::errdefs::{Classify, ErrorKind, WireError};
+use prost_types::Any;
 
 /// Why a task operation failed.
 #[derive(Debug, thiserror::Error)]
@@ -126,6 +127,14 @@ impl Classify for Error {
             Self::Store(error) => error.kind(),
             Self::Mounts(error) => error.kind(),
             Self::Stopping => ErrorKind::Unavailable,
+        }
+    }
+
+    fn details(&self) -> &[Any] {
+        match self {
+            Self::Create(error) | Self::Shim(error) => error.details(),
+            Self::Store(error) => error.details(),
+            _ => &[],
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use lighter_proto::containerd::events::{SandboxCreate, SandboxExit, SandboxStart};
 use lighter_proto::containerd::types::{Metric, Platform};
-use lighter_proto::errdefs::{Classify, ErrorKind, WireError, render};
+use lighter_proto::errdefs::{Classify, ErrorKind, WireError};
 use lighter_proto::time::{from_timestamp, to_timestamp};
 use lighter_snapshotter::Mount;
 use lighter_store::events::Exchange;
@@ -129,7 +129,7 @@ pub struct Sandboxes {
 }
 
 fn wire<E: Classify>(error: &E) -> WireError {
-    WireError::new(error.kind(), render(error))
+    WireError::of(error)
 }
 
 impl Sandboxes {

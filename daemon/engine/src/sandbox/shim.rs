@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use lighter_proto::containerd::runtime::sandbox::v1 as wire;
 use lighter_proto::containerd::types::{Metric, Platform};
-use lighter_proto::errdefs::{Classify, ErrorKind, WireError, render};
+use lighter_proto::errdefs::{Classify, ErrorKind, WireError};
 use lighter_proto::time::from_timestamp;
 use lighter_store::metadata::Sandbox;
 use lighter_store::{Labels, Namespace, Scope};
@@ -33,7 +33,7 @@ pub struct ShimController {
 }
 
 fn classified<E: Classify>(error: &E) -> WireError {
-    WireError::new(error.kind(), render(error))
+    WireError::of(error)
 }
 
 fn not_found(id: &str) -> WireError {
