@@ -11,7 +11,7 @@ mod commit;
 mod make;
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use lighter_kv::Durable;
@@ -70,6 +70,17 @@ impl SnapshotRecord {
             created_at: self.stamps.created_at(),
             updated_at: self.stamps.updated_at(),
         }
+    }
+
+    /// With what a driver with records of its own says of it: the kind, and labels that it added.
+    fn over(&self, key: String, below: &Info) -> Info {
+        let mut info = self.info(key);
+        info.kind = below.kind;
+        for (name, value) in &below.labels {
+            let label = info.labels.entry(name.clone());
+            label.or_insert_with(|| value.clone());
+        }
+        info
     }
 }
 
@@ -135,13 +146,19 @@ impl Snapshots {
         format!("{KIND_SNAPSHOTS}{}", self.name)
     }
 
-    /// The record of `key`.
+    /// The record of `key`. A driver with records of its own is asked as well: a snapshot that it lost
+    /// is gone.
     ///
     /// # Errors
     /// `NotFound`.
-    #[allow(clippy::unused_async, reason = "the contract of all snapshot calls")]
     pub async fn stat(&self, scope: &Scope, key: &str) -> Result<Info, Error> {
-        Ok(self.record(scope, key)?.info(key.to_owned()))
+        let record = self.record(scope, key)?;
+        if self.driver.shares_records() {
+            return Ok(record.info(key.to_owned()));
+        }
+        let below = self.driver.stat(&record.backend).await;
+        let below = below.map_err(|error| renamed(error, &record.backend, key))?;
+        Ok(record.over(key.to_owned(), &below))
     }
 
     /// Changes labels.
@@ -171,10 +188,12 @@ impl Snapshots {
                     .collect(),
             ),
         };
-        self.driver
+        let below = self
+            .driver
             .update(&record.backend, below)
             .await
             .map_err(|error| renamed(error, &record.backend, key))?;
+        let shared = self.driver.shares_records();
         self.inner
             .update(|change| {
                 let mut record = self
@@ -194,7 +213,12 @@ impl Snapshots {
                 labels::drop_empty(&mut record.labels);
                 record.stamps.touch();
                 change.put(self.key(&scope.namespace, key), &record);
-                Ok(record.info(key.to_owned()))
+                let key = key.to_owned();
+                Ok(if shared {
+                    record.info(key)
+                } else {
+                    record.over(key, &below)
+                })
             })
             .await
     }
@@ -418,17 +442,27 @@ impl Snapshots {
         Ok(())
     }
 
-    /// Matching records in byte order of key.
+    /// Matching records in byte order of key. Those that a driver with records of its own knows nothing
+    /// of are left out; it is asked once for all.
     ///
     /// # Errors
     /// When the database or the driver fails.
-    #[allow(clippy::unused_async, reason = "the contract of all snapshot calls")]
     pub async fn list(&self, scope: &Scope, filter: &Filter) -> Result<Vec<Info>, Error> {
         let prefix = keys::snapshots(&scope.namespace, &self.name).prefix();
         let all = self.inner.list_below::<SnapshotRecord>(&prefix)?;
-        Ok(all
-            .into_iter()
-            .map(|(key, record)| record.info(key))
+        // After the records were read: what they name was there before they were.
+        let below = if self.driver.shares_records() || all.is_empty() {
+            None
+        } else {
+            let below = self.driver.walk().await?.into_iter();
+            Some(below.map(|info| (info.name.clone(), info)).collect())
+        };
+        let below: Option<HashMap<String, Info>> = below;
+        let shown = all.into_iter().filter_map(|(key, record)| match &below {
+            None => Some(record.info(key)),
+            Some(below) => Some(record.over(key, below.get(&record.backend)?)),
+        });
+        Ok(shown
             .filter(|info| filter.matches(&ByFilter(info)))
             .collect())
     }

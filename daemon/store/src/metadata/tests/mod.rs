@@ -1,5 +1,6 @@
 //! The records as requests see them, and collections beside them.
 
+mod adopt;
 mod collection;
 mod content;
 mod leases;
@@ -42,11 +43,29 @@ fn world_with(policy: SharingPolicy) -> World {
 const PROXIED: &str = "LIGHTER_TEST_PROXIED";
 
 fn open(kv: &lighter_kv::Db, dir: &std::path::Path, policy: SharingPolicy) -> Db {
+    let proxied = std::env::var_os(PROXIED).is_some();
+    open_stores(kv, dir, policy, proxied)
+}
+
+/// With the stores behind a socket, whatever the environment says.
+fn proxied_world() -> World {
+    let dir = tempfile::tempdir().unwrap();
+    let kv = lighter_kv::Db::in_memory().unwrap();
+    let db = open_stores(&kv, dir.path(), SharingPolicy::Shared, true);
+    World { db, kv, dir }
+}
+
+fn open_stores(
+    kv: &lighter_kv::Db,
+    dir: &std::path::Path,
+    policy: SharingPolicy,
+    proxied: bool,
+) -> Db {
     let content = Arc::new(Local::open(&dir.join("content")).unwrap());
     let native = Native::open(kv.clone(), b"snapshotter/native/", &dir.join("native")).unwrap();
     let (mut content, mut native): (Arc<dyn Store>, Arc<dyn Snapshotter>) =
         (content, Arc::new(native));
-    if std::env::var_os(PROXIED).is_some() {
+    if proxied {
         (content, native) = behind_a_socket(dir, content, native);
     }
     let snapshotters = BTreeMap::from([("native".to_owned(), native)]);

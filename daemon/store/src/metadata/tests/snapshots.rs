@@ -108,3 +108,55 @@ async fn a_label_that_is_refused_does_not_reach_the_driver() {
     assert_eq!(below.len(), 1);
     assert!(below[0].labels.is_empty());
 }
+
+#[tokio::test]
+async fn what_a_driver_elsewhere_lost_is_neither_listed_nor_found() {
+    let World { db, dir: _dir, .. } = proxied_world();
+    let (a, b) = (scope("a"), scope("b"));
+    let s = db.snapshots("native").unwrap();
+    for key in ["kept", "lost"] {
+        s.prepare(&a, key, None, Labels::new()).await.unwrap();
+    }
+    s.prepare(&b, "lost", None, Labels::new()).await.unwrap();
+    let below = s.driver().walk().await.unwrap();
+    let backend = |prefix: &str, key: &str| {
+        let found = below
+            .iter()
+            .find(|info| info.name.starts_with(prefix) && info.name.ends_with(key));
+        found.expect("it was prepared").name.clone()
+    };
+    s.driver().remove(&backend("a/", "lost")).await.unwrap();
+    // What the driver says of its own accord is seen; what the record says goes before it.
+    let own = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+    let (added, both) = (
+        "containerd.io/snapshot/added",
+        "containerd.io/snapshot/both",
+    );
+    let labels = LabelUpdate::Replace(Labels::from([own(both, "record")]));
+    s.update(&a, "kept", labels).await.unwrap();
+    let labels = Labels::from([own(added, "driver"), own(both, "driver")]);
+    let kept = backend("a/", "kept");
+    let labels = LabelUpdate::Replace(labels);
+    s.driver().update(&kept, labels).await.unwrap();
+    let listed = s.list(&a, &Filter::default()).await.unwrap();
+    assert_eq!(listed.len(), 1, "{listed:?}");
+    assert_eq!(listed[0], s.stat(&a, "kept").await.unwrap());
+    assert_eq!(
+        (listed[0].name.as_str(), &listed[0].parent),
+        ("kept", &None)
+    );
+    assert_eq!(
+        listed[0].labels,
+        Labels::from([own(added, "driver"), own(both, "record")])
+    );
+    assert_eq!(kind(s.stat(&a, "lost").await), ErrorKind::NotFound);
+    assert_eq!(
+        kind(
+            s.update(&a, "lost", LabelUpdate::Replace(Labels::new()))
+                .await
+        ),
+        ErrorKind::NotFound
+    );
+    // Another namespace's of that name is not touched by it.
+    assert_eq!(s.stat(&b, "lost").await.unwrap().name, "lost");
+}
