@@ -3,8 +3,8 @@
 use std::io::{self, Write};
 
 use bytes::Bytes;
-use lighter_proto::errdefs::{Classify, ErrorKind, WireError, render};
-use lighter_store::metadata::{Content, Writer};
+use lighter_proto::errdefs::{Classify, ErrorKind, WireError};
+use lighter_store::metadata::Content;
 use lighter_store::{Digest, Error as StoreError, Labels, Scope};
 use tokio::sync::mpsc;
 
@@ -27,7 +27,7 @@ pub(crate) struct Ingested<T> {
 }
 
 fn wire<E: Classify>(error: &E) -> WireError {
-    WireError::new(error.kind(), render(error))
+    WireError::of(error)
 }
 
 /// Runs `produce` on a blocking thread and commits what it writes, with the labels that `labels`
@@ -50,17 +50,17 @@ where
     F: FnOnce(&mut Chunks) -> Result<T, WireError> + Send + 'static,
     L: FnOnce(&T) -> Labels,
 {
-    let mut unfinished = open(content, scope, reference).await?;
+    let mut unfinished = content
+        .unfinished(scope, reference)
+        .await
+        .map_err(|e| wire(&e))?;
     let writer = unfinished.writer();
     if writer.status().offset_bytes > 0 {
         writer.truncate(0).await.map_err(|e| wire(&e))?;
     }
     let (sender, mut chunks) = mpsc::channel(CHUNKS);
     let work = tokio::task::spawn_blocking(move || {
-        let mut chunks = Chunks {
-            buffer: Vec::with_capacity(CHUNK_BYTES),
-            sender,
-        };
+        let mut chunks = Chunks::new(sender);
         let made = produce(&mut chunks)?;
         chunks
             .flush()
@@ -108,49 +108,21 @@ where
     })
 }
 
-/// Opens an ingest in a task of its own: one that its caller did not wait for is removed as well.
-async fn open(content: &Content, scope: &Scope, reference: &str) -> Result<Unfinished, WireError> {
-    let (content, scope, reference) = (content.clone(), scope.clone(), reference.to_owned());
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "it ends with the opening of a file, whoever waits for it"
-    )]
-    let opening = tokio::spawn(async move {
-        let opened = content.writer(&scope, &reference, 0, None).await;
-        opened.map(|writer| Unfinished(Some(writer)))
-    });
-    let opened = opening
-        .await
-        .map_err(|e| WireError::new(ErrorKind::Internal, e.to_string()))?;
-    opened.map_err(|e| wire(&e))
-}
-
-/// An ingest that is removed unless it is committed, whatever becomes of who writes it.
-struct Unfinished(Option<Writer>);
-
-impl Unfinished {
-    fn writer(&mut self) -> &mut Writer {
-        self.0.as_mut().expect("it is not committed yet")
-    }
-
-    fn finish(mut self) -> Writer {
-        self.0.take().expect("it is not committed yet")
-    }
-}
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        if let Some(writer) = self.0.take() {
-            writer.abandon();
-        }
-    }
-}
-
 /// A writer that hands chunks to whoever receives them; to be used on a blocking thread.
 #[derive(Debug)]
 pub(crate) struct Chunks {
     buffer: Vec<u8>,
     sender: mpsc::Sender<Bytes>,
+}
+
+impl Chunks {
+    /// Hands what is written to whoever has the other end of `sender`.
+    pub(crate) fn new(sender: mpsc::Sender<Bytes>) -> Self {
+        Self {
+            buffer: Vec::with_capacity(CHUNK_BYTES),
+            sender,
+        }
+    }
 }
 
 impl Write for Chunks {

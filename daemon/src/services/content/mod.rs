@@ -1,15 +1,13 @@
 //! `containerd.services.content.v1.Content`
 
-use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt as _};
 use lighter_proto::containerd::services::content::v1 as wire;
 use lighter_proto::containerd::services::content::v1::content_server::Content;
 use lighter_proto::errdefs::{ErrorKind, WireError, into_status};
 use lighter_proto::time::to_timestamp;
 use lighter_store::content::IngestStatus;
-use lighter_store::metadata::content::{BlobInfo, Writer};
-use lighter_store::metadata::{self, Db};
-use lighter_store::{Digest, Scope};
+use lighter_store::metadata::Db;
+use lighter_store::metadata::content::BlobInfo;
 use tonic::{Request, Response, Status, Streaming};
 
 mod read;
@@ -17,9 +15,7 @@ mod read;
 use self::read::Range;
 pub(crate) use self::read::Reads;
 use super::scope::scope_of;
-use super::wire::{
-    bytes, count, digest, filter, invalid, labels, optional_digest, paths, required, unordered,
-};
+use super::wire::{count, digest, filter, labels, paths, required, unordered};
 
 /// Records in one message of a list.
 const PAGE: usize = 100;
@@ -205,20 +201,17 @@ impl Content for ContentService {
         request: Request<Streaming<wire::WriteContentRequest>>,
     ) -> Result<Response<Self::WriteStream>, Status> {
         let scope = scope_of(&request)?;
-        let session = Session {
-            content: self.db.content(),
-            scope,
-            requests: request.into_inner(),
-            open: None,
-        };
-        let answers = stream::unfold(Some(session), |session| async {
-            let mut session = session?;
-            match session.next().await {
-                Ok(Some((answer, true))) => Some((Ok(answer), None)),
-                Ok(Some((answer, false))) => Some((Ok(answer), Some(session))),
-                Ok(None) => None,
-                Err(status) => Some((Err(status), None)),
-            }
+        let session = self.db.content().session(&scope);
+        let state = Some((session, request.into_inner()));
+        let answers = stream::unfold(state, |state| async {
+            let (mut session, mut requests) = state?;
+            let message = match requests.message().await {
+                Ok(message) => message?,
+                Err(status) => return Some((Err(status), None)),
+            };
+            let answer = session.answer(message).await.map_err(into_status);
+            let next = (!session.is_over()).then_some((session, requests));
+            Some((answer, next))
         });
         Ok(Response::new(answers.boxed()))
     }
@@ -232,129 +225,4 @@ impl Content for ContentService {
             .await;
         aborted.map(Response::new).map_err(into_status)
     }
-}
-
-/// One write stream. Dropping it unlocks the ref and keeps the ingest.
-struct Session {
-    content: metadata::Content,
-    scope: Scope,
-    requests: Streaming<wire::WriteContentRequest>,
-    open: Option<Open>,
-}
-
-/// The ingest that a stream's first message opened.
-struct Open {
-    writer: Writer,
-    total: u64,
-    expected: Option<Digest>,
-}
-
-impl Session {
-    /// Handles the next message; the flag says that its answer is the last.
-    async fn next(&mut self) -> Result<Option<(wire::WriteContentResponse, bool)>, Status> {
-        let Some(request) = self.requests.message().await? else {
-            return Ok(None);
-        };
-        let mut open = self.opened(&request).await?;
-        match request.action() {
-            wire::WriteAction::Stat => {
-                let answer = answer(&mut open, wire::WriteAction::Stat).await?;
-                self.open = Some(open);
-                Ok(Some((answer, false)))
-            }
-            wire::WriteAction::Write => {
-                append(&mut open.writer, request.offset, request.data).await?;
-                let answer = answer(&mut open, wire::WriteAction::Write).await?;
-                self.open = Some(open);
-                Ok(Some((answer, false)))
-            }
-            wire::WriteAction::Commit => {
-                append(&mut open.writer, request.offset, request.data).await?;
-                let mut answer = answer(&mut open, wire::WriteAction::Commit).await?;
-                let Open {
-                    writer,
-                    total,
-                    expected,
-                } = open;
-                let committed = writer
-                    .commit(total, expected.as_ref(), labels(request.labels))
-                    .await
-                    .map_err(into_status)?;
-                answer.digest = committed.to_string();
-                Ok(Some((answer, true)))
-            }
-        }
-    }
-
-    /// The stream's ingest, opened by the first message, with what this one says of it.
-    async fn opened(&mut self, request: &wire::WriteContentRequest) -> Result<Open, Status> {
-        let total = bytes(request.total, "total")?;
-        let expected = optional_digest(&request.expected)?;
-        let Some(mut open) = self.open.take() else {
-            if request.r#ref.is_empty() {
-                return Err(invalid("first message must have a reference"));
-            }
-            let writer = self
-                .content
-                .writer(&self.scope, &request.r#ref, total, expected.as_ref())
-                .await
-                .map_err(into_status)?;
-            return Ok(Open {
-                writer,
-                total,
-                expected,
-            });
-        };
-        if total > 0 {
-            open.total = total;
-        }
-        if let Some(expected) = expected
-            && open.expected.as_ref() != Some(&expected)
-        {
-            if self.content.info(&self.scope, &expected).is_ok() {
-                let reference = open.writer.status().reference;
-                drop(open);
-                let aborted = self.content.abort(&self.scope, &reference).await;
-                aborted.map_err(into_status)?;
-                return Err(into_status(WireError::new(
-                    ErrorKind::AlreadyExists,
-                    format!("content {expected}"),
-                )));
-            }
-            open.expected = Some(expected);
-        }
-        Ok(open)
-    }
-}
-
-/// Appends at `offset`, which must be where the ingest ends; 0 begins anew.
-async fn append(writer: &mut Writer, offset: i64, data: Bytes) -> Result<(), Status> {
-    let current = writer.status().offset_bytes;
-    let offset = bytes(offset, "offset")?;
-    if offset > 0 && offset != current {
-        return Err(into_status(WireError::new(
-            ErrorKind::OutOfRange,
-            format!("write @{offset} must occur at current offset {current}"),
-        )));
-    }
-    if offset == 0 && current > 0 {
-        writer.truncate(0).await.map_err(into_status)?;
-    }
-    writer.write(data).await.map_err(into_status)
-}
-
-async fn answer(
-    open: &mut Open,
-    action: wire::WriteAction,
-) -> Result<wire::WriteContentResponse, Status> {
-    let digest = open.writer.digest().await.map_err(into_status)?;
-    let status = open.writer.status();
-    Ok(wire::WriteContentResponse {
-        action: action.into(),
-        started_at: Some(to_timestamp(status.started_at)),
-        updated_at: Some(to_timestamp(status.updated_at)),
-        offset: count(status.offset_bytes),
-        total: count(open.total.max(status.total_bytes)),
-        digest: digest.to_string(),
-    })
 }

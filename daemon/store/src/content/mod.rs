@@ -10,6 +10,7 @@ mod locks;
 mod proxy;
 mod reader;
 mod serve;
+mod session;
 #[cfg(any(test, feature = "testsuite"))]
 pub mod testsuite;
 
@@ -26,6 +27,7 @@ pub(crate) use self::locks::{KeyedMutex, Pin, Pins, RefLocks};
 pub use self::proxy::Proxy;
 pub use self::reader::BlobReader;
 pub use self::serve::Serve;
+pub use self::session::{Session, Target, TargetWriter};
 use crate::filter::Fields;
 use crate::{Digest, Error};
 

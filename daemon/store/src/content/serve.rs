@@ -17,9 +17,9 @@ use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 use wire::content_server::{Content, ContentServer};
 
-use super::{Ingest, IngestStatus, Open, Store, Stored, blob_exists};
+use super::{Ingest, IngestStatus, Open, Session, Store, Stored, Target, TargetWriter};
 use crate::filter::{Fields, Filter};
-use crate::{Digest, Error};
+use crate::{Digest, Error, Labels};
 
 /// Records in one message of a list.
 const PAGE: usize = 100;
@@ -227,14 +227,14 @@ impl Content for Serve {
         // From the writer to the client; closed when the client has gone.
         let (send, receive) = mpsc::channel(1);
         self.tasks.spawn(async move {
-            let mut open = None;
+            let mut session = Session::new(Bare(store));
             loop {
                 // The ingest stays for resume.
                 let Ok(Some(message)) = requests.message().await else {
                     return;
                 };
-                let answer = handle(store.as_ref(), &mut open, message).await;
-                let ended = open.is_none();
+                let answer = session.answer(message).await;
+                let ended = session.is_over();
                 if send.send(answer.map_err(into_status)).await.is_err() || ended {
                     return;
                 }
@@ -249,115 +249,63 @@ impl Content for Serve {
     }
 }
 
-/// An ingest that the first message of a stream opened.
-struct Opened {
-    ingest: Box<dyn Ingest>,
-    total: u64,
-    expected: Option<Digest>,
+/// A store without namespaces, as write streams see it.
+struct Bare(Arc<dyn Store>);
+
+/// An ingest of a bare store.
+struct BareIngest(Box<dyn Ingest>);
+
+impl Target for Bare {
+    type Writer = BareIngest;
+
+    async fn open(
+        &self,
+        reference: &str,
+        total_bytes: u64,
+        expected: Option<&Digest>,
+    ) -> Result<BareIngest, Error> {
+        let open = Open {
+            reference: reference.to_owned(),
+            total_bytes,
+            expected: expected.cloned(),
+            holder: String::new(),
+        };
+        self.0.writer(open).await.map(BareIngest)
+    }
+
+    async fn has(&self, digest: &Digest) -> bool {
+        self.0.info(digest).await.is_ok()
+    }
+
+    async fn abort(&self, reference: &str) -> Result<(), Error> {
+        self.0.abort(reference).await
+    }
 }
 
-/// One message of a write; `open` is empty afterwards when it was the last.
-async fn handle(
-    store: &dyn Store,
-    open: &mut Option<Opened>,
-    message: wire::WriteContentRequest,
-) -> Result<wire::WriteContentResponse, Error> {
-    let mut opened = opened(store, open.take(), &message).await?;
-    let action = message.action();
-    if action == wire::WriteAction::Stat {
-        let answer = answer(&mut opened, action).await?;
-        *open = Some(opened);
-        return Ok(answer);
+impl TargetWriter for BareIngest {
+    fn status(&self) -> IngestStatus {
+        self.0.status()
     }
-    append(opened.ingest.as_mut(), message.offset, message.data).await?;
-    let mut answer = answer(&mut opened, action).await?;
-    if action == wire::WriteAction::Write {
-        *open = Some(opened);
-        return Ok(answer);
-    }
-    let Opened {
-        ingest,
-        total,
-        expected,
-    } = opened;
-    let digest = ingest.commit(total, expected.as_ref()).await?;
-    answer.digest = digest.to_string();
-    Ok(answer)
-}
 
-async fn opened(
-    store: &dyn Store,
-    open: Option<Opened>,
-    message: &wire::WriteContentRequest,
-) -> Result<Opened, Error> {
-    let total = size(message.total)?;
-    let expected = match message.expected.as_str() {
-        "" => None,
-        text => Some(Digest::parse(text)?),
-    };
-    let Some(mut open) = open else {
-        if message.r#ref.is_empty() {
-            return Err(Error::Invalid {
-                reason: "first message must have a reference".to_owned(),
-            });
-        }
-        let ingest = store
-            .writer(Open {
-                reference: message.r#ref.clone(),
-                total_bytes: total,
-                expected: expected.clone(),
-                holder: String::new(),
-            })
-            .await?;
-        return Ok(Opened {
-            ingest,
-            total,
-            expected,
-        });
-    };
-    if total > 0 {
-        open.total = total;
+    async fn digest(&mut self) -> Result<Digest, Error> {
+        self.0.digest().await
     }
-    if let Some(expected) = expected
-        && open.expected.as_ref() != Some(&expected)
-    {
-        if store.info(&expected).await.is_ok() {
-            let reference = open.ingest.status().reference;
-            drop(open);
-            store.abort(&reference).await?;
-            return Err(blob_exists(&expected));
-        }
-        open.expected = Some(expected);
-    }
-    Ok(open)
-}
 
-/// Appends at `offset`, which must be where the ingest ends; 0 begins anew.
-async fn append(ingest: &mut dyn Ingest, offset: i64, data: Bytes) -> Result<(), Error> {
-    let current = ingest.status().offset_bytes;
-    let offset = size(offset)?;
-    if offset > 0 && offset != current {
-        return Err(Error::OutOfRange {
-            reason: format!("write @{offset} must occur at current offset {current}"),
-        });
+    async fn write(&mut self, data: Bytes) -> Result<(), Error> {
+        self.0.write(data).await
     }
-    if offset == 0 && current > 0 {
-        ingest.truncate(0).await?;
-    }
-    ingest.write(data).await
-}
 
-async fn answer(
-    open: &mut Opened,
-    action: wire::WriteAction,
-) -> Result<wire::WriteContentResponse, Error> {
-    let status = open.ingest.status();
-    Ok(wire::WriteContentResponse {
-        action: action.into(),
-        started_at: Some(to_timestamp(status.started_at)),
-        updated_at: Some(to_timestamp(status.updated_at)),
-        offset: count(status.offset_bytes),
-        total: count(open.total.max(status.total_bytes)),
-        digest: open.ingest.digest().await?.to_string(),
-    })
+    async fn restart(&mut self) -> Result<(), Error> {
+        self.0.truncate(0).await
+    }
+
+    /// Labels are the namespaces' affair.
+    async fn commit(
+        self,
+        total_bytes: u64,
+        expected: Option<&Digest>,
+        _labels: Labels,
+    ) -> Result<Digest, Error> {
+        self.0.commit(total_bytes, expected).await
+    }
 }

@@ -6,6 +6,7 @@
 //! bytes that it sends anyway go to a real ingest.
 
 mod open;
+mod session;
 mod writer;
 
 use std::borrow::Cow;
@@ -15,7 +16,8 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use lighter_proto::containerd::events::ContentDelete;
 
-pub use self::writer::Writer;
+pub use self::session::Scoped;
+pub use self::writer::{Unfinished, Writer};
 use super::db::{Change, Discarded, Inner};
 use super::keys::{self, Parts, table};
 use super::leases::{self, KIND_CONTENT, KIND_INGESTS};

@@ -29,6 +29,55 @@ pub struct Writer {
     pub(super) lock: RefGuard,
 }
 
+/// An ingest that is removed unless it is committed, whatever becomes of who writes it.
+#[derive(Debug)]
+pub struct Unfinished(Option<Writer>);
+
+impl Unfinished {
+    /// The ingest.
+    pub fn writer(&mut self) -> &mut Writer {
+        self.0.as_mut().expect("it is not committed yet")
+    }
+
+    /// The ingest, which stays from now on.
+    #[must_use]
+    pub fn finish(mut self) -> Writer {
+        self.0.take().expect("it is not committed yet")
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(writer) = self.0.take() {
+            writer.abandon();
+        }
+    }
+}
+
+impl Content {
+    /// Opens an ingest for whoever writes all of it at once and has nothing to resume.
+    ///
+    /// # Errors
+    /// As [`Content::writer`].
+    ///
+    /// # Cancellation
+    /// An ingest that nobody waited for is removed.
+    pub async fn unfinished(&self, scope: &Scope, reference: &str) -> Result<Unfinished, Error> {
+        let (content, scope, reference) = (self.clone(), scope.clone(), reference.to_owned());
+        let opening = self.inner.tasks.spawn(async move {
+            let opened = content.writer(&scope, &reference, 0, None).await;
+            opened.map(|writer| Unfinished(Some(writer)))
+        });
+        opening.await.unwrap_or_else(|error| {
+            Err(Error::Io {
+                operation: "open an ingest in",
+                path: PathBuf::new(),
+                source: std::io::Error::other(error),
+            })
+        })
+    }
+}
+
 /// Where an open ingest's bytes are.
 #[derive(Debug)]
 pub(super) enum Source {
