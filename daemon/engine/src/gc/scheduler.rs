@@ -70,6 +70,25 @@ enum Pause {
     Failed(Duration),
 }
 
+/// What the scheduler waits by.
+#[derive(Debug)]
+enum Clock {
+    Real,
+    /// Whoever has the other end says when a wait is over.
+    #[cfg(test)]
+    Told(tokio::sync::mpsc::UnboundedSender<tests::Nap>),
+}
+
+impl Clock {
+    async fn sleep(&self, length: Duration) {
+        match self {
+            Self::Real => tokio::time::sleep(length).await,
+            #[cfg(test)]
+            Self::Told(naps) => tests::nap(naps, length).await,
+        }
+    }
+}
+
 /// A handle on the collector; clones share it.
 #[derive(Debug, Clone)]
 pub struct Collector {
@@ -80,6 +99,7 @@ pub struct Collector {
 struct Inner {
     db: Db,
     config: Config,
+    clock: Clock,
     engines: Mutex<Vec<Arc<dyn Collectable>>>,
     /// Held by the run under way; holds the result of the last.
     run: tokio::sync::Mutex<Option<Result<Summary, Error>>>,
@@ -95,10 +115,15 @@ impl Collector {
     /// A collector of `db`; nothing runs before [`Collector::run`] or [`Collector::run_now`].
     #[must_use]
     pub fn new(db: Db, config: Config) -> Self {
+        Self::by(Clock::Real, db, config)
+    }
+
+    fn by(clock: Clock, db: Db, config: Config) -> Self {
         Self {
             inner: Arc::new(Inner {
                 db,
                 config,
+                clock,
                 engines: Mutex::default(),
                 run: tokio::sync::Mutex::default(),
                 begun: AtomicU64::new(0),
@@ -210,8 +235,10 @@ impl Collector {
     }
 
     async fn schedule(&self) {
-        let Inner { db, config, .. } = &*self.inner;
-        tokio::time::sleep(config.startup_delay).await;
+        let Inner {
+            db, config, clock, ..
+        } = &*self.inner;
+        clock.sleep(config.startup_delay).await;
         if !config.keep_unknown
             && let Err(error) = db.reconcile().await
         {
@@ -221,8 +248,8 @@ impl Collector {
         loop {
             // Not cancel-safe branches do not matter: both only wake the loop.
             tokio::select! {
-                () = db.removed() => tokio::time::sleep(RECLAIM_DELAY).await,
-                () = tokio::time::sleep(LOOK_EVERY) => {}
+                () = db.removed() => clock.sleep(RECLAIM_DELAY).await,
+                () = clock.sleep(LOOK_EVERY) => {}
             }
             if !config.keep_unknown {
                 db.reclaim().await;
@@ -234,21 +261,23 @@ impl Collector {
             match pause {
                 Pause::Interval(wait) => self.gather(wait).await,
                 // What failed is not hurried: removals ask for it at once again and again.
-                Pause::Failed(wait) => tokio::time::sleep(wait).await,
+                Pause::Failed(wait) => clock.sleep(wait).await,
             }
-            tokio::time::sleep(config.schedule_delay).await;
+            clock.sleep(config.schedule_delay).await;
             pause = self.timed().await;
         }
     }
 
     /// Waits until `wait` is over, or until there are as many removals as start a run at once.
     async fn gather(&self, wait: Duration) {
-        let Inner { db, config, .. } = &*self.inner;
-        let end = tokio::time::Instant::now() + wait;
+        let Inner {
+            db, config, clock, ..
+        } = &*self.inner;
+        let mut end = std::pin::pin!(clock.sleep(wait));
         while config.deletion_threshold == 0 || db.counts().removals < config.deletion_threshold {
             tokio::select! {
                 () = db.removed() => {}
-                () = tokio::time::sleep_until(end) => break,
+                () = &mut end => break,
             }
         }
     }
@@ -280,3 +309,6 @@ async fn blocking<T: Send + 'static>(
         })
     })
 }
+
+#[cfg(test)]
+mod tests;
