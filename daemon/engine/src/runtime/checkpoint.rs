@@ -14,8 +14,10 @@ use prost::Message as _;
 use prost_types::Any;
 
 use super::bundle::Bundle;
+use super::create::CreateTask;
 use super::error::Error;
-use super::manager::{CreateTask, Manager, Shared};
+use super::manager::Manager;
+use super::shared::Shared;
 use crate::image::blocking;
 use crate::ingest::{Chunks, ingest};
 
@@ -85,6 +87,8 @@ async fn store_tar(
     let source = dir.to_owned();
     let produce = move |out: &mut Chunks| {
         let mut tar = tar::Builder::new(out);
+        // A file with holes would be an entry that no restore takes.
+        tar.sparse(false);
         let packed = tar.append_dir_all(".", &source).and_then(|()| tar.finish());
         packed.map_err(|e| packing(&e))
     };

@@ -6,7 +6,6 @@ use std::time::Duration;
 use lighter_proto::containerd::task::v3 as wire;
 use lighter_proto::containerd::v1::types::ProcessInfo;
 use lighter_proto::errdefs::ErrorKind;
-use lighter_proto::time::from_timestamp;
 use lighter_store::Namespace;
 use prost_types::Any;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -15,11 +14,21 @@ use super::actor::{Message, Reply};
 use super::bundle::Bundle;
 use super::connection::Connection;
 use super::error::Error;
-use super::manager::ExecTask;
 use super::state::{Exit, Process, Status, Stdio, TaskState};
 
 /// Longest that a question to a shim may take where the caller set no limit.
 const ASK_LIMIT: Duration = Duration::from_secs(10);
+
+/// An exec to make.
+#[derive(Debug, Clone, Default)]
+pub struct ExecTask {
+    /// Its id, unique in the task.
+    pub exec_id: String,
+    /// OCI process, JSON in an `Any`.
+    pub spec: Option<Any>,
+    /// Where it reads and writes.
+    pub stdio: Stdio,
+}
 
 /// A task; clones share it. Dropping it leaves the task alone.
 #[derive(Debug, Clone)]
@@ -129,6 +138,25 @@ impl Handle {
         })
         .await?;
         Ok(process)
+    }
+
+    /// The first process as its shim knows it at this moment: [`Handle::init`] may not have heard of its
+    /// end yet.
+    ///
+    /// # Errors
+    /// The shim's own.
+    pub async fn seen(&self) -> Result<Process, Error> {
+        let request = wire::StateRequest {
+            id: self.id().to_owned(),
+            exec_id: String::new(),
+        };
+        let seen: wire::StateResponse = self
+            .connection()
+            .task("State", request, Some(ASK_LIMIT))
+            .await?;
+        process_of(&seen).ok_or_else(|| Error::State {
+            reason: format!("the shim of task {} does not say how it is", self.id()),
+        })
     }
 
     /// Starts the first process or an exec; its pid.
@@ -346,14 +374,8 @@ impl Handle {
 /// The process a shim describes; `None` when it says nothing of it.
 pub(super) fn process_of(seen: &wire::StateResponse) -> Option<Process> {
     let status = Status::from_wire(seen.status)?;
-    let exit = (status == Status::Stopped).then(|| Exit {
-        status: seen.exit_status,
-        at: seen
-            .exited_at
-            .and_then(from_timestamp)
-            .unwrap_or_else(|| Exit::unknown().at),
-        lost: false,
-    });
+    let stopped = status == Status::Stopped;
+    let exit = stopped.then(|| Exit::from_wire(seen.exit_status, seen.exited_at));
     Some(Process {
         pid: seen.pid,
         status,

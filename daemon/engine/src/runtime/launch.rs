@@ -1,19 +1,16 @@
-//! Running a shim's binary: where it is, its `start`, `delete` and `-info`.
+//! Running a shim's binary: its `start`, `delete` and `-info`.
 //!
 //! `start` gets its parameters three times over: as flags, as environment, and on stdin, where
 //! two forms exist and nothing in the binary's name tells which it wants. Shims of the 2.3
 //! libraries and later insist on `BootstrapParams`; older ones read an `Any` of the options, and
 //! some fail on anything else. So the newer form is tried first, and when that start fails the
-//! older one; what worked is remembered for the binary, by its inode and time, so that the detour
-//! is taken once.
+//! older one; what worked is remembered for the binary until it changes, so that the detour is
+//! taken once.
 
 use std::collections::HashMap;
-use std::ffi::{OsStr, OsString};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::process::{ExitStatus, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::maybe_done;
@@ -23,10 +20,11 @@ use lighter_proto::containerd::types::RuntimeInfo;
 use lighter_proto::errdefs::WireError;
 use prost::Message as _;
 use prost_types::Any;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 use tracing::{debug, warn};
 
+use super::action::{describe, run};
+use super::binary::{self, Identity, RUNC_RUNTIME, is_ours};
 use super::bootstrap::Bootstrap;
 use super::bundle::Bundle;
 use super::connection::Connection;
@@ -38,10 +36,6 @@ use super::nursery::{Answer, Nurseries};
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// Longest that `-info` may take.
 const INFO_LIMIT: Duration = Duration::from_secs(10);
-/// Most bytes read of what a shim prints.
-const MAX_OUTPUT_BYTES: u64 = 1 << 20;
-/// How long output is read after the process ended: a server it left behind may hold the pipe.
-const OUTPUT_GRACE: Duration = Duration::from_millis(500);
 
 /// Level that shims log at.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -84,14 +78,6 @@ enum Form {
     Options,
 }
 
-/// Which file a binary was: device, inode, time and size change with an upgrade.
-type Identity = (u64, u64, i64, u64);
-
-/// The runtime that every client asks for unless told otherwise.
-const RUNC_RUNTIME: &str = "io.containerd.runc.v2";
-/// The shim that serves it, in place of `containerd-shim-runc-v2`.
-const OUR_SHIM: &str = "containerd-shim-lighter-v2";
-
 /// What every shim is told of this daemon.
 #[derive(Debug)]
 pub struct Launcher {
@@ -117,13 +103,6 @@ pub struct Launcher {
 
 /// What a shim says to a request to create.
 pub(super) type Created = Result<CreateTaskResponse, WireError>;
-
-/// What a shim printed and how it ended.
-struct Output {
-    status: ExitStatus,
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
-}
 
 impl Launcher {
     /// A launcher that has started nothing yet.
@@ -236,43 +215,7 @@ impl Launcher {
     /// # Errors
     /// When the name is none or nothing is installed under it.
     pub fn resolve(&self, runtime: &str) -> Result<PathBuf, Error> {
-        let fail = |reason: String| Err(Error::Runtime { reason });
-        if runtime.is_empty() {
-            return fail("no runtime name".to_owned());
-        }
-        if Path::new(runtime).is_absolute() {
-            return match std::fs::metadata(runtime) {
-                Ok(meta) if meta.is_file() => Ok(PathBuf::from(runtime)),
-                Ok(_) => fail(format!(
-                    "invalid custom binary path {runtime:?}: not a file"
-                )),
-                Err(error) => fail(format!("invalid custom binary path {runtime:?}: {error}")),
-            };
-        }
-        let Some(name) = shim_name(runtime) else {
-            return fail(format!(
-                "invalid runtime name {runtime}, correct runtime name should be either format like `io.containerd.runc.v2` or a full path to the binary"
-            ));
-        };
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let own = self.binary.parent().map(Path::to_owned);
-        // Beside our own binary first: an upgraded daemon must not run the shim of the old one.
-        let search = |name: &OsStr| {
-            own.clone()
-                .into_iter()
-                .chain(std::env::split_paths(&path))
-                .map(|dir| dir.join(name))
-                .find(|file| executable(file))
-        };
-        let ours = (runtime == RUNC_RUNTIME)
-            .then(|| search(OsStr::new(OUR_SHIM)))
-            .flatten();
-        match ours.or_else(|| search(&name)) {
-            Some(file) => Ok(file),
-            None => fail(format!(
-                "runtime {runtime:?} binary not installed {name:?}: file does not exist"
-            )),
-        }
+        binary::resolve(runtime, &self.binary)
     }
 
     /// Starts (or finds) the server for the bundle and says how it is reached.
@@ -285,7 +228,7 @@ impl Launcher {
         bundle: &Bundle,
         options: Option<&Any>,
     ) -> Result<Bootstrap, Error> {
-        let identity = identity(shim);
+        let identity = Identity::of(shim);
         let known = identity.and_then(|id| self.forms().get(&id).copied());
         let first = known.unwrap_or_else(|| first_form(shim));
         let error = match self.start_with(shim, bundle, options, first).await {
@@ -309,7 +252,7 @@ impl Launcher {
         }
     }
 
-    fn forms(&self) -> std::sync::MutexGuard<'_, HashMap<Identity, Form>> {
+    fn forms(&self) -> MutexGuard<'_, HashMap<Identity, Form>> {
         self.forms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -464,11 +407,6 @@ impl Launcher {
     }
 }
 
-/// Whether a shim is ours by its name, which is how it says that it can be warm.
-pub(super) fn is_ours(shim: &Path) -> bool {
-    shim.file_name() == Some(OsStr::new(OUR_SHIM))
-}
-
 /// Binaries of before `BootstrapParams` are known by name; all others may be newer.
 fn first_form(shim: &Path) -> Form {
     let name = shim.file_name().unwrap_or_default().to_string_lossy();
@@ -479,202 +417,5 @@ fn first_form(shim: &Path) -> Form {
     }
 }
 
-/// `containerd-shim-<name>-<version>` of a runtime name: its last two components.
-fn shim_name(runtime: &str) -> Option<OsString> {
-    if runtime.contains('/') {
-        return None;
-    }
-    let mut parts = runtime.rsplit('.');
-    let (version, name) = (parts.next()?, parts.next()?);
-    let whole = runtime.split('.').all(|part| !part.is_empty());
-    whole.then(|| format!("containerd-shim-{name}-{version}").into())
-}
-
-fn executable(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.mode() & 0o111 != 0)
-}
-
-fn identity(path: &Path) -> Option<Identity> {
-    let meta = std::fs::metadata(path).ok()?;
-    Some((meta.dev(), meta.ino(), meta.mtime(), meta.size()))
-}
-
-/// As Go says it, which is what clients have seen so far.
-fn describe(status: ExitStatus) -> String {
-    use std::os::unix::process::ExitStatusExt as _;
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("exit status {code}"),
-        (None, Some(signal)) => format!("signal: {signal}"),
-        (None, None) => "ended".to_owned(),
-    }
-}
-
-/// Runs a command to its end, with `input` on stdin.
-async fn run(mut command: Command, input: &[u8], limit: Duration) -> std::io::Result<Output> {
-    command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true);
-    // The fork waits until the binary is loaded: not on a thread that serves requests.
-    let mut child = tokio::task::spawn_blocking(move || command.spawn())
-        .await
-        .map_err(std::io::Error::other)??;
-    let mut stdin = child.stdin.take().expect("stdin is piped");
-    // A shim that does not read closes the pipe, which is its business.
-    let _written = stdin.write_all(input).await;
-    drop(stdin);
-    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    let (mut out, mut err) = (
-        child.stdout.take().expect("stdout is piped"),
-        child.stderr.take().expect("stderr is piped"),
-    );
-    let work = async {
-        let mut read = std::pin::pin!(async {
-            let _both = tokio::join!(
-                read_some(&mut out, &mut stdout),
-                read_some(&mut err, &mut stderr)
-            );
-        });
-        let mut drained = false;
-        let status = loop {
-            // Reading may be dropped: the buffers outlive it.
-            tokio::select! {
-                () = &mut read, if !drained => drained = true,
-                status = child.wait() => break status?,
-            }
-        };
-        if !drained {
-            let _late = tokio::time::timeout(OUTPUT_GRACE, &mut read).await;
-        }
-        Ok::<_, std::io::Error>(status)
-    };
-    let status = tokio::time::timeout(limit, work).await.map_err(|_| {
-        std::io::Error::new(
-            std::io::ErrorKind::TimedOut,
-            format!("did not end within {limit:?}"),
-        )
-    })??;
-    Ok(Output {
-        status,
-        stdout,
-        stderr,
-    })
-}
-
-/// Reads to the end, or to the bound; bytes read before a cancellation stay in `buffer`.
-async fn read_some<R: AsyncRead + Unpin>(
-    pipe: &mut R,
-    buffer: &mut Vec<u8>,
-) -> std::io::Result<()> {
-    let mut pipe = pipe.take(MAX_OUTPUT_BYTES);
-    while pipe.read_buf(buffer).await? > 0 {}
-    Ok(())
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn launcher() -> Launcher {
-        Launcher::new(
-            "1".to_owned(),
-            "/run/a".into(),
-            "/run/a.ttrpc".into(),
-            "/nonexistent/lighterd".into(),
-            LogLevel::Info,
-            Vec::new(),
-        )
-    }
-
-    #[test]
-    fn runtime_names_become_binaries() {
-        let name = |n: &str| shim_name(n).map(|s| s.into_string().unwrap());
-        assert_eq!(
-            name("io.containerd.runc.v2").as_deref(),
-            Some("containerd-shim-runc-v2")
-        );
-        assert_eq!(name("kata.v2").as_deref(), Some("containerd-shim-kata-v2"));
-        for bad in ["runc", ".v2", "a/b.v2", "io..v2", ""] {
-            assert_eq!(name(bad), None, "{bad}");
-        }
-    }
-
-    #[test]
-    fn a_missing_runtime_is_named_with_its_binary() {
-        let error = launcher().resolve("io.containerd.none.v9").unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "runtime \"io.containerd.none.v9\" binary not installed \"containerd-shim-none-v9\": file does not exist"
-        );
-        assert!(launcher().resolve("./relative").is_err());
-        assert!(launcher().resolve("/nonexistent/shim").is_err());
-    }
-
-    /// A shim that is a script: `body` sees the action as `$action` and stdin as it is.
-    fn script(dir: &Path, body: &str) -> PathBuf {
-        use std::os::unix::fs::PermissionsExt as _;
-        let path = dir.join("containerd-shim-fake-v1");
-        let text = format!("#!/bin/sh\nfor a in \"$@\"; do action=$a; done\n{body}\n");
-        std::fs::write(&path, text).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-        path
-    }
-
-    fn bundle(dir: &Path) -> Bundle {
-        let bundle = Bundle::at(
-            dir,
-            &dir.join("root"),
-            "t",
-            &lighter_store::Namespace::new("n").unwrap(),
-            "c",
-        );
-        std::fs::create_dir_all(&bundle.path).unwrap();
-        bundle
-    }
-
-    #[tokio::test]
-    async fn the_older_form_is_tried_once_and_remembered() {
-        let dir = tempfile::tempdir().unwrap();
-        let log = dir.path().join("log");
-        // Fails on BootstrapParams, whose first field is the id "c".
-        let shim = script(
-            dir.path(),
-            &format!(
-                "n=$(wc -c); echo $n >> {}; [ $n -eq 0 ] || exit 1; echo unix:///x",
-                log.display()
-            ),
-        );
-        let (launcher, bundle) = (launcher(), bundle(dir.path()));
-        for _ in 0..2 {
-            let bootstrap = launcher.start(&shim, &bundle, None).await.unwrap();
-            assert_eq!(bootstrap.address, "unix:///x");
-        }
-        let calls = std::fs::read_to_string(log).unwrap();
-        assert_eq!(calls.lines().count(), 3, "{calls}");
-    }
-
-    #[tokio::test]
-    async fn a_failed_start_says_what_the_shim_printed() {
-        let dir = tempfile::tempdir().unwrap();
-        let shim = script(dir.path(), "echo no luck >&2; exit 3");
-        let error = launcher()
-            .start(&shim, &bundle(dir.path()), None)
-            .await
-            .unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "failed to start shim: start failed: no luck: exit status 3"
-        );
-    }
-
-    #[tokio::test]
-    async fn a_server_that_keeps_the_pipe_does_not_hold_the_start_up() {
-        let dir = tempfile::tempdir().unwrap();
-        let shim = script(dir.path(), "echo unix:///x; sleep 30 & exit 0");
-        let (launcher, bundle) = (launcher(), bundle(dir.path()));
-        let start = launcher.start(&shim, &bundle, None);
-        let started = tokio::time::timeout(Duration::from_secs(10), start);
-        assert_eq!(started.await.unwrap().unwrap().address, "unix:///x");
-    }
-}
+mod tests;

@@ -15,18 +15,24 @@
 //! without a call of their own to the shim. The actor takes an event before subscribers get it:
 //! who hears of an exit and asks finds the task stopped.
 //!
-//! `bundle.rs` owns the directory a shim runs in, `launch.rs` its start and its `delete` action,
-//! `nursery.rs` the shims that are started ahead of need,
-//! `connection.rs` the calls, `recover.rs` what happens after a restart of the daemon, `reap.rs`
-//! what happens after the death of a shim. What a process may do next is decided in `state.rs`,
+//! `create.rs` is how a task comes to be, `actor/` what happens to it afterwards, and `shared.rs`
+//! what both work with: the books of all tasks among it. `bundle.rs` owns the directory a shim runs
+//! in; `binary.rs` finds its binary, `launch.rs` makes its `start` and its `delete` action of it,
+//! `nursery.rs` has shims that are started ahead of need, `connection.rs` makes the calls.
+//! `recover.rs` is what happens after a restart of the daemon, `reap.rs` after the death of a shim,
+//! `ending.rs` what the daemon tells of it. What a process may do next is decided in `state.rs`,
 //! which does no I/O.
 
+mod action;
 mod actor;
+mod binary;
 mod bootstrap;
 mod bundle;
 mod checkpoint;
 mod connection;
+mod create;
 mod early;
+mod ending;
 mod error;
 mod forward;
 mod groups;
@@ -37,6 +43,7 @@ mod nursery;
 mod reap;
 mod recover;
 mod sandbox_shim;
+mod shared;
 mod shim_log;
 mod state;
 mod steps;
@@ -44,9 +51,11 @@ mod steps;
 pub use bootstrap::{Bootstrap, Protocol};
 pub use bundle::Bundle;
 pub use connection::Connection;
+pub use create::CreateTask;
 pub use error::Error;
-pub use handle::Handle;
+pub use handle::{ExecTask, Handle};
 pub use launch::{Launcher, LogLevel};
-pub use manager::{Config, CreateTask, ExecTask, Manager, Timeouts};
+pub use manager::{Config, Manager, Timeouts};
+pub use shared::Rest;
 pub use state::{Exit, Process, Status, Stdio, TaskState};
 pub use steps::{Step, Steps};

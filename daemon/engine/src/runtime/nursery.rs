@@ -20,7 +20,6 @@ use std::collections::HashMap;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -38,6 +37,7 @@ use rustix::net::{
 use tokio::process::{Child, Command};
 use tracing::{debug, info, warn};
 
+use super::binary::Identity;
 use super::early::Early;
 
 /// Largest frame that the shim takes.
@@ -48,29 +48,6 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const MAX_NURSERIES: usize = 4;
 /// Room in the command line for what a server writes there once it knows what it serves.
 const TITLE_BYTES: usize = 448;
-
-/// Which file a binary was; any upgrade changes at least one of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Identity {
-    device: u64,
-    inode: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-    size: u64,
-}
-
-impl Identity {
-    fn of(path: &Path) -> Option<Self> {
-        let meta = std::fs::metadata(path).ok()?;
-        Some(Self {
-            device: meta.dev(),
-            inode: meta.ino(),
-            modified: (meta.mtime(), meta.mtime_nsec()),
-            changed: (meta.ctime(), meta.ctime_nsec()),
-            size: meta.size(),
-        })
-    }
-}
 
 #[derive(Debug)]
 struct Nursery {

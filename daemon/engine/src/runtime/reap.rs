@@ -6,17 +6,16 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use lighter_proto::containerd::task::v3 as wire;
-use lighter_proto::errdefs::{ErrorKind, WireError};
-use lighter_proto::time::from_timestamp;
+use lighter_proto::errdefs::{ErrorKind, WireError, render};
 use tracing::{info, warn};
 
 use super::bootstrap::Bootstrap;
 use super::bundle::Bundle;
 use super::connection::Connection;
-use super::manager::Shared;
+use super::shared::Shared;
 use super::state::Exit;
 
 /// Pause before a shim that answered nothing is asked again.
@@ -87,24 +86,16 @@ pub(super) async fn bury(shared: &Arc<Shared>, bundle: &Bundle) -> (Exit, u32) {
         None => None,
     };
     if let Err(error) = shared.delete_bundle(bundle).await {
-        warn!(container_id = %bundle.id, error = %lighter_proto::errdefs::render(&error), "cannot delete the bundle");
+        warn!(container_id = %bundle.id, error = %render(&error), "cannot delete the bundle");
     }
     match answer {
         Some(answer) => {
-            let at = answer.exited_at.and_then(from_timestamp);
-            let exit = Exit {
-                status: answer.exit_status,
-                at: at.unwrap_or_else(SystemTime::now),
-                lost: false,
+            let pid = if answer.pid == 0 {
+                recorded
+            } else {
+                answer.pid
             };
-            (
-                exit,
-                if answer.pid == 0 {
-                    recorded
-                } else {
-                    answer.pid
-                },
-            )
+            (Exit::from_wire(answer.exit_status, answer.exited_at), pid)
         }
         None => (Exit::unknown(), recorded),
     }
@@ -121,7 +112,7 @@ pub(super) async fn delete_action(
         .delete(shim, bundle, shared.timeouts.shim_cleanup)
         .await
         .inspect_err(|error| {
-            warn!(container_id = %bundle.id, error = %lighter_proto::errdefs::render(error), "the shim's delete failed");
+            warn!(container_id = %bundle.id, error = %render(error), "the shim's delete failed");
         })
         .ok()
 }

@@ -4,28 +4,31 @@
 //! greeted in parallel. A shim is dead when nobody listens on its socket; one that does not
 //! answer is asked again for as long as the daemon runs, because its container may well live.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use lighter_proto::any;
-use lighter_proto::containerd::events::{TaskDelete, TaskExit};
 use lighter_proto::containerd::runc::v1::ProcessDetails;
 use lighter_proto::containerd::task::v3 as wire;
 use lighter_proto::containerd::types::Envelope;
 use lighter_proto::errdefs::{ErrorKind, WireError, render};
-use lighter_proto::time::{now, to_timestamp};
+use lighter_proto::time::now;
 use lighter_store::{Namespace, Scope};
 use prost::Name;
 use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
+use super::binary::is_ours;
 use super::bundle::{Bundle, TASKS};
 use super::connection::Connection;
+use super::create::{Shim, adopt};
+use super::ending::{deleted, exited};
 use super::error::Error;
 use super::handle::{Handle, process_of};
-use super::launch;
-use super::manager::{Manager, Shared, Shim, Slot, adopt, directories};
+use super::manager::Manager;
 use super::reap;
+use super::shared::{Shared, Slot};
 use super::shim_log;
 use super::state::{Exit, Process, Status, Stdio, TaskState};
 
@@ -103,6 +106,18 @@ impl Manager {
     }
 }
 
+/// Names of sub-directories; none where there is no directory.
+fn directories(path: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(path) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|t| t.is_dir()))
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect()
+}
+
 /// Recovers one bundle: afterwards it is a task, or nothing.
 async fn one(shared: &Arc<Shared>, bundle: Bundle, limit: &Semaphore) {
     let step = shared.step(&bundle, "recover");
@@ -146,7 +161,7 @@ fn settle(shared: &Arc<Shared>, bundle: Bundle, recovered: Recovered) {
         warn!(container_id = %bundle.id, error = %render(error), "cannot follow the shim's log");
     });
     let untold = state.init.exit.filter(|_| !state.init.announced);
-    let ours = bundle.shim_path().as_deref().is_some_and(launch::is_ours);
+    let ours = bundle.shim_path().as_deref().is_some_and(is_ours);
     let shim = Shim {
         connection,
         ours,
@@ -166,14 +181,7 @@ async fn tell_later(shared: Arc<Shared>, handle: Handle, exit: Exit) {
         () = shared.stop.cancelled() => return,
         () = tokio::time::sleep(SHIM_TELLS) => {}
     }
-    let id = handle.id().to_owned();
-    let event = TaskExit {
-        container_id: id.clone(),
-        id,
-        pid: handle.init().pid,
-        exit_status: exit.status,
-        exited_at: Some(to_timestamp(exit.at)),
-    };
+    let event = exited(handle.id(), handle.id(), handle.init().pid, exit);
     let envelope = envelope(handle.namespace(), "/tasks/exit", &event);
     let manager = Manager { shared };
     if let Err(error) = manager.forward(envelope).await {
@@ -274,7 +282,7 @@ async fn execs(
 
 fn alive(pid: u32) -> bool {
     // A pid that was taken by another process since then only delays a cleanup.
-    std::path::Path::new("/proc").join(pid.to_string()).exists()
+    Path::new("/proc").join(pid.to_string()).exists()
 }
 
 /// The daemon died between starting a shim and keeping its address. The shim is asked for it
@@ -296,7 +304,7 @@ async fn half_made(shared: &Arc<Shared>, bundle: &Bundle) {
 }
 
 /// The shim of the runtime that the container's record names.
-fn recorded_runtime(shared: &Shared, bundle: &Bundle) -> Option<std::path::PathBuf> {
+fn recorded_runtime(shared: &Shared, bundle: &Bundle) -> Option<PathBuf> {
     let scope = Scope::new(bundle.namespace.clone());
     let container = shared.db.containers().get(&scope, &bundle.id).ok()?;
     shared.launcher.resolve(&container.runtime.name).ok()
@@ -324,32 +332,12 @@ async fn dead(shared: &Arc<Shared>, bundle: &Bundle) {
     let told = bundle.announced();
     let (exit, pid) = reap::bury(shared, bundle).await;
     shared.forget(bundle);
-    let id = bundle.id.clone();
-    let exited_at = Some(to_timestamp(exit.at));
     if !told {
-        let event = TaskExit {
-            container_id: id.clone(),
-            id: id.clone(),
-            pid,
-            exit_status: exit.status,
-            exited_at,
-        };
-        tell(shared, bundle, "/tasks/exit", &event);
+        let event = exited(&bundle.id, &bundle.id, pid, exit);
+        shared.tell(&bundle.namespace, "/tasks/exit", &event);
     }
-    let event = TaskDelete {
-        container_id: id.clone(),
-        pid,
-        exit_status: exit.status,
-        exited_at,
-        id,
-    };
-    tell(shared, bundle, "/tasks/delete", &event);
-}
-
-fn tell<M: prost::Message + Name>(shared: &Shared, bundle: &Bundle, topic: &str, event: &M) {
-    if let Err(error) = shared.events.publish(&bundle.namespace, topic, event) {
-        warn!(%error, topic, "cannot publish");
-    }
+    let event = deleted(&bundle.id, pid, exit);
+    shared.tell(&bundle.namespace, "/tasks/delete", &event);
 }
 
 async fn remove(shared: &Arc<Shared>, bundle: &Bundle) {

@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use lighter_proto::containerd::v1::types::Status as WireStatus;
+use lighter_proto::time::from_timestamp;
+use prost_types::Timestamp;
 
 /// Exit status of a process of which nobody knows how it ended.
 const UNKNOWN_EXIT: u32 = 255;
@@ -72,6 +74,16 @@ impl Exit {
             status: UNKNOWN_EXIT,
             at: SystemTime::now(),
             lost: true,
+        }
+    }
+
+    /// As a shim tells it; now, where it gives no time.
+    #[must_use]
+    pub(super) fn from_wire(status: u32, at: Option<Timestamp>) -> Self {
+        Self {
+            status,
+            at: at.and_then(from_timestamp).unwrap_or_else(SystemTime::now),
+            lost: false,
         }
     }
 }
