@@ -196,6 +196,7 @@ impl App {
             streams.clone(),
             tracker.clone(),
         )?;
+        transfer.reach(tasks.clone());
         let ended = transfer.recover().await?;
         info!(ended, "leases of unfinished transfers ended");
 

@@ -4,17 +4,15 @@ use lighter_integration::{Blob, Client, Daemon, Image, Options, Result, Subject,
 use lighter_proto::any;
 use lighter_proto::containerd::services::images::v1 as images;
 use lighter_proto::containerd::services::snapshots::v1 as snapshots;
-use lighter_proto::containerd::services::streaming::v1::StreamInit;
 use lighter_proto::containerd::services::transfer::v1::{TransferOptions, TransferRequest};
 use lighter_proto::containerd::types::transfer as types;
 use prost::Name;
 use prost_types::Any;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
 
-async fn transfer(
+pub(crate) async fn transfer(
     client: &Client,
     source: Any,
     destination: Any,
@@ -52,17 +50,11 @@ fn named(unpacks: Vec<types::UnpackConfiguration>) -> Any {
 }
 
 /// Opens a stream; what comes from the daemon, and where to send.
-async fn open(
+pub(crate) async fn open(
     client: &Client,
     id: &str,
 ) -> Result<(mpsc::Sender<Any>, tonic::Streaming<Any>), Status> {
-    let (requests, outgoing) = mpsc::channel(4);
-    let init = any::pack(&StreamInit { id: id.to_owned() });
-    requests.send(init).await.expect("there is room");
-    let outgoing = ReceiverStream::new(outgoing);
-    let mut answers = client.streaming().stream(outgoing).await?.into_inner();
-    answers.message().await?;
-    Ok((requests, answers))
+    client.open_stream(id).await
 }
 
 /// Imports `archive` the way clients do; returns the events of its progress.

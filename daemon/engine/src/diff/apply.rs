@@ -18,7 +18,8 @@ use prost_types::Any;
 
 use super::processors::{self, Processor};
 use super::tar::Archive;
-use super::unpack::{Base, Form, LeansOn, Unpack, in_user_namespace, is_empty, open_root};
+use super::tree::{is_empty, open_root};
+use super::unpack::{Base, Form, LeansOn, Unpack, in_user_namespace};
 use super::whiteout::Attributes;
 use super::{Error, erofs, pipeline};
 

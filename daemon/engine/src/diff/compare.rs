@@ -29,7 +29,7 @@ use super::{Error, LAYER_TAR, LAYER_TAR_GZIP, LAYER_TAR_ZSTD, whiteout};
 /// Bytes of a file read at once.
 const READ_BYTES: usize = 128 << 10;
 /// Nested directories; each holds two descriptors while it is walked.
-const DEPTH_MAX: usize = 1000;
+pub(super) const DEPTH_MAX: usize = 1000;
 /// Longest value of a capability attribute.
 const CAPABILITY_MAX_BYTES: usize = 64;
 
@@ -115,7 +115,7 @@ fn reopen(root: BorrowedFd<'_>) -> Result<OwnedFd, Error> {
     open_dir(root, b".").map_err(Error::io("open", b"/"))
 }
 
-fn open_dir(dir: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Errno> {
+pub(super) fn open_dir(dir: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat(dir, name, flags, Mode::empty())
 }
@@ -325,11 +325,11 @@ impl<W: Write> Layer<'_, W> {
         match node.kind() {
             FileType::RegularFile => {
                 header.size_bytes = u64::try_from(stat.st_size).unwrap_or(0);
-                header.capability = capability(node, path)?;
+                header.capability = capability_of(node, path)?;
             }
             FileType::Directory => {
                 header.flag = b'5';
-                header.capability = capability(node, path)?;
+                header.capability = capability_of(node, path)?;
             }
             FileType::Symlink => {
                 header.flag = b'2';
@@ -419,7 +419,7 @@ impl<W: Write> Layer<'_, W> {
 }
 
 /// The names in a directory, sorted by bytes.
-fn names(dir: Option<&OwnedFd>, path: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+pub(super) fn names(dir: Option<&OwnedFd>, path: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
     let Some(dir) = dir else {
         return Ok(Vec::new());
     };
@@ -445,11 +445,15 @@ fn look<'a>(dir: &'a OwnedFd, name: &'a [u8]) -> Result<Option<Node<'a>>, Errno>
     }
 }
 
-fn capability(node: &Node<'_>, path: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+fn capability_of(node: &Node<'_>, path: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+    capability(&open_file(node.dir, node.name, path)?, path)
+}
+
+/// The capabilities that a program in `file` gets.
+pub(super) fn capability(file: &File, path: &[u8]) -> Result<Option<Vec<u8>>, Error> {
     use rustix::buffer::spare_capacity;
-    let file = open_file(node.dir, node.name, path)?;
     let mut value = Vec::with_capacity(CAPABILITY_MAX_BYTES);
-    match rustix::fs::fgetxattr(&file, "security.capability", spare_capacity(&mut value)) {
+    match rustix::fs::fgetxattr(file, "security.capability", spare_capacity(&mut value)) {
         Ok(_) => Ok(Some(value)),
         Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(None),
         Err(error) => Err(Error::io("read capabilities of", path)(error)),
@@ -469,7 +473,7 @@ fn same(before: &Node<'_>, after: &Node<'_>, path: &[u8]) -> Result<bool, Error>
     }
     let kind = after.kind();
     if matches!(kind, FileType::RegularFile | FileType::Directory)
-        && capability(before, path)? != capability(after, path)?
+        && capability_of(before, path)? != capability_of(after, path)?
     {
         return Ok(false);
     }

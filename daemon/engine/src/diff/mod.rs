@@ -7,11 +7,13 @@
 //! The way of a layer through `apply`: media type and magic → stream processors or built-in
 //! decompression ([`compression`], `processors`) → chunks that are hashed on one thread and unpacked
 //! on another (`pipeline`) → tar entries (`tar`) → files beneath a root descriptor (`tree`,
-//! `unpack`, `whiteout`). A layer that is a filesystem image already is copied (`erofs`).
+//! `unpack`, `whiteout`). A layer that is a filesystem image already is copied (`erofs`). What is no
+//! layer but files for a container, or from one, goes through `copy`.
 
 mod apply;
 mod compare;
 pub mod compression;
+mod copy;
 mod erofs;
 mod pipeline;
 mod processors;
@@ -32,6 +34,7 @@ use lighter_proto::errdefs::{Classify, ErrorKind};
 
 pub use apply::{Applied, ApplyOptions, Limits, apply};
 pub use compare::{CompareOptions, Compared, compare};
+pub use copy::{Found, IdMap, Owners, clean, find, pack, place};
 pub use processors::Processor;
 pub use unpack::LeansOn;
 pub use whiteout::visible;
@@ -155,6 +158,7 @@ impl Classify for Error {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                     ErrorKind::ResourceExhausted
                 }
+                io::ErrorKind::ReadOnlyFilesystem => ErrorKind::FailedPrecondition,
                 _ => ErrorKind::Internal,
             },
         }

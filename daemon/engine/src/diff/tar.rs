@@ -2,19 +2,23 @@
 //!
 //! Written for hostile input: every name, list and attribute has a bound, and data is never held in
 //! memory. Source: POSIX `pax`, "ustar Interchange Format"; GNU tar manual, "Sparse Formats".
+//! The fields of a block are read in `header.rs`, extended headers in `pax.rs`, the maps of sparse
+//! files in `sparse.rs`.
+
+mod header;
+mod pax;
+mod sparse;
 
 use std::io::{self, BufRead, Read};
 
+use self::header::{Header, until_nul};
+use self::pax::{Extensions, parse_pax};
 use super::Error;
 
 /// Bytes of a block.
 pub(super) const BLOCK: usize = 512;
 /// Longest extended header or long name accepted: far more than any filesystem can store.
 const SPECIAL_MAX_BYTES: u64 = 1 << 20;
-/// Extended attributes of one entry; Linux lists at most 64 KiB of names.
-const XATTRS_MAX: usize = 1024;
-/// Data segments of one sparse file.
-const SEGMENTS_MAX: usize = 1 << 17;
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,29 +67,8 @@ pub(super) struct Archive<R> {
     left: u64,
     /// Bytes that fill the entry's last block.
     padding: u64,
-}
-
-/// What extension headers said about the next entry.
-#[derive(Default)]
-struct Extensions {
-    path: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-    size: Option<u64>,
-    uid: Option<u64>,
-    gid: Option<u64>,
-    modified: Option<Time>,
-    accessed: Option<Time>,
-    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-    sparse: Sparse,
-}
-
-/// GNU's sparse extensions: versions 0.0 (pairs), 0.1 (map) and 1.0 (map before the data).
-#[derive(Default)]
-struct Sparse {
-    version_1: bool,
-    name: Option<Vec<u8>>,
-    size: Option<u64>,
-    numbers: Vec<u64>,
+    /// Whether the mark of its end was read.
+    ended: bool,
 }
 
 fn malformed(path: &[u8], reason: &str) -> Error {
@@ -98,7 +81,14 @@ impl<R: BufRead> Archive<R> {
             reader,
             left: 0,
             padding: 0,
+            ended: false,
         }
+    }
+
+    /// Whether the archive said that it ends: else its reader ended, which may have been cut off between
+    /// two entries.
+    pub(super) fn is_whole(&self) -> bool {
+        self.ended
     }
 
     /// The next entry; `None` at the end of the archive.
@@ -118,6 +108,7 @@ impl<R: BufRead> Archive<R> {
             };
             if block == [0; BLOCK] {
                 // Two empty blocks end an archive; what follows them is of no concern.
+                self.ended = true;
                 return match self.block()? {
                     Some(second) if second != [0; BLOCK] => {
                         Err(malformed(b"", "data after an empty block"))
@@ -226,87 +217,6 @@ impl<R: BufRead> Archive<R> {
         Ok(entry)
     }
 
-    /// GNU's old form: the map is in the header and in blocks behind it.
-    fn old_sparse(&mut self, header: &Header<'_>, entry: &mut Entry) -> Result<(), Error> {
-        let bad = || malformed(&header.path(), "sparse map");
-        let mut numbers = Vec::new();
-        let mut take = |fields: &[u8], count: usize| -> Result<bool, Error> {
-            for field in fields.chunks_exact(12).take(count * 2) {
-                if field[0] == 0 {
-                    return Ok(false);
-                }
-                numbers.push(parse_number(field).ok_or_else(bad)?);
-            }
-            if numbers.len() > SEGMENTS_MAX * 2 {
-                return Err(bad());
-            }
-            Ok(true)
-        };
-        take(&header.0[386..482], 4)?;
-        let mut extended = header.0[482] != 0;
-        while extended {
-            let block = self.block()?.ok_or_else(bad)?;
-            take(&block[..504], 21)?;
-            extended = block[504] != 0;
-        }
-        entry.size_bytes = header.number(483..495).ok_or_else(bad)?;
-        entry.segments = Some(segments(&numbers, entry.size_bytes, self.left).ok_or_else(bad)?);
-        Ok(())
-    }
-
-    fn pax_sparse(&mut self, sparse: &mut Sparse, entry: &mut Entry) -> Result<(), Error> {
-        let Some(size) = sparse.size else {
-            return Ok(());
-        };
-        let bad = || malformed(&entry.path, "sparse map");
-        if sparse.version_1 {
-            sparse.numbers = self.map_before_data().map_err(|e| e.unwrap_or_else(bad))?;
-        }
-        entry.size_bytes = size;
-        entry.segments = Some(segments(&sparse.numbers, size, self.left).ok_or_else(bad)?);
-        Ok(())
-    }
-
-    /// Version 1.0: decimal numbers, one a line, in whole blocks before the data.
-    fn map_before_data(&mut self) -> Result<Vec<u64>, Option<Error>> {
-        let mut numbers = Vec::new();
-        let mut wanted = None;
-        let mut current: Option<u64> = None;
-        loop {
-            if self.left < BLOCK as u64 {
-                return Err(None);
-            }
-            let block = self.block().map_err(Some)?.ok_or(None)?;
-            self.left -= BLOCK as u64;
-            for byte in block {
-                match byte {
-                    b'0'..=b'9' => {
-                        let digit = u64::from(byte - b'0');
-                        let more = current.unwrap_or(0).checked_mul(10);
-                        current = Some(more.and_then(|n| n.checked_add(digit)).ok_or(None)?);
-                    }
-                    b'\n' => {
-                        let number = current.take().ok_or(None)?;
-                        match wanted {
-                            None => {
-                                let count = usize::try_from(number).map_err(|_| None)?;
-                                if count > SEGMENTS_MAX {
-                                    return Err(None);
-                                }
-                                wanted = Some(count * 2);
-                            }
-                            Some(_) => numbers.push(number),
-                        }
-                        if wanted == Some(numbers.len()) {
-                            return Ok(numbers);
-                        }
-                    }
-                    _ => return Err(None),
-                }
-            }
-        }
-    }
-
     fn block(&mut self) -> Result<Option<[u8; BLOCK]>, Error> {
         let mut block = [0; BLOCK];
         let mut filled = 0;
@@ -350,28 +260,6 @@ fn pick(first: Option<u64>, second: impl FnOnce() -> Option<u64>) -> Option<u64>
     first.or_else(second)
 }
 
-/// Checks a sparse map: in order, without overlap, within the file, and as long as the data.
-fn segments(numbers: &[u64], size: u64, data: u64) -> Option<Vec<(u64, u64)>> {
-    if !numbers.len().is_multiple_of(2) {
-        return None;
-    }
-    let mut end = 0_u64;
-    let mut total = 0_u64;
-    let mut found = Vec::with_capacity(numbers.len() / 2);
-    for pair in numbers.chunks_exact(2) {
-        let (offset, length) = (pair[0], pair[1]);
-        if offset < end {
-            return None;
-        }
-        end = offset.checked_add(length)?;
-        total = total.checked_add(length)?;
-        if length > 0 {
-            found.push((offset, length));
-        }
-    }
-    (end <= size && total == data).then_some(found)
-}
-
 /// The data of the current entry.
 pub(super) struct Data<'a, R> {
     archive: &'a mut Archive<R>,
@@ -404,189 +292,6 @@ impl<R: BufRead> Read for Data<'_, R> {
         self.consume(length);
         Ok(length)
     }
-}
-
-struct Header<'a>(&'a [u8; BLOCK]);
-
-impl Header<'_> {
-    fn checksum_fits(&self) -> bool {
-        let Some(stored) = self.number(148..156) else {
-            return false;
-        };
-        let byte = |(index, byte): (usize, &u8)| {
-            if (148..156).contains(&index) {
-                b' '
-            } else {
-                *byte
-            }
-        };
-        let unsigned: u64 = self.0.iter().enumerate().map(byte).map(u64::from).sum();
-        // Some old programs summed signed bytes.
-        let signed: i64 = self
-            .0
-            .iter()
-            .enumerate()
-            .map(byte)
-            .map(|b| i64::from(b.cast_signed()))
-            .sum();
-        stored == unsigned || i64::try_from(stored) == Ok(signed)
-    }
-
-    fn path(&self) -> Vec<u8> {
-        let name = until_nul(&self.0[..100]);
-        if &self.0[257..263] != b"ustar\0" {
-            return name;
-        }
-        // star keeps times where ustar has the end of the prefix.
-        let prefix = if &self.0[508..512] == b"tar\0" {
-            &self.0[345..476]
-        } else {
-            &self.0[345..500]
-        };
-        let mut path = until_nul(prefix);
-        if path.is_empty() {
-            return name;
-        }
-        path.push(b'/');
-        path.extend_from_slice(&name);
-        path
-    }
-
-    fn number(&self, range: std::ops::Range<usize>) -> Option<u64> {
-        parse_number(&self.0[range])
-    }
-
-    fn signed(&self, range: std::ops::Range<usize>) -> Option<i64> {
-        let field = &self.0[range];
-        // Base 256, two's complement, with the sign in the second highest bit.
-        if field[0] == 0xff {
-            let low = field.last_chunk::<8>()?;
-            return Some(i64::from_be_bytes(*low));
-        }
-        i64::try_from(parse_number(field)?).ok()
-    }
-}
-
-/// Octal digits among spaces and NULs, or base 256 when the highest bit is set.
-fn parse_number(field: &[u8]) -> Option<u64> {
-    let (first, rest) = field.split_first()?;
-    if *first == 0x80 {
-        let high = rest.len().checked_sub(8);
-        let (high, low) = rest.split_at(high.unwrap_or(0));
-        return high.iter().all(|b| *b == 0).then(|| {
-            low.iter()
-                .fold(0, |number, byte| number << 8 | u64::from(*byte))
-        });
-    }
-    let is_space = |b: &u8| matches!(b, b' ' | 0);
-    let start = field
-        .iter()
-        .position(|b| !is_space(b))
-        .unwrap_or(field.len());
-    let field = &field[start..];
-    let end = field.iter().position(is_space).unwrap_or(field.len());
-    field[..end]
-        .iter()
-        .try_fold(0_u64, |number, byte| match byte {
-            b'0'..=b'7' => number.checked_mul(8)?.checked_add(u64::from(byte - b'0')),
-            _ => None,
-        })
-}
-
-fn until_nul(field: &[u8]) -> Vec<u8> {
-    let end = field.iter().position(|b| *b == 0).unwrap_or(field.len());
-    field[..end].to_vec()
-}
-
-/// Records of the form `<length> <key>=<value>\n`, where the length counts the whole record.
-fn parse_pax(mut data: &[u8], extensions: &mut Extensions) -> Result<(), Error> {
-    let bad = || malformed(b"", "extended header record");
-    while !data.is_empty() {
-        let space = data
-            .iter()
-            .take(20)
-            .position(|b| *b == b' ')
-            .ok_or_else(bad)?;
-        let length = decimal(&data[..space])
-            .and_then(|n| usize::try_from(n).ok())
-            .filter(|n| (space + 2..=data.len()).contains(n))
-            .ok_or_else(bad)?;
-        let (record, rest) = data.split_at(length);
-        data = rest;
-        let record = record[space + 1..].strip_suffix(b"\n").ok_or_else(bad)?;
-        let equals = record.iter().position(|b| *b == b'=').ok_or_else(bad)?;
-        let (key, value) = (&record[..equals], &record[equals + 1..]);
-        pax_record(key, value, extensions).ok_or_else(bad)?;
-    }
-    Ok(())
-}
-
-fn pax_record(key: &[u8], value: &[u8], extensions: &mut Extensions) -> Option<()> {
-    let sparse = &mut extensions.sparse;
-    // A NUL in a name would be cut off somewhere below, and mean another file.
-    let name = || (!value.contains(&0)).then(|| value.to_vec());
-    match key {
-        // An empty value takes the field back.
-        b"path" => extensions.path = Some(name()?).filter(|v| !v.is_empty()),
-        b"linkpath" => extensions.link = Some(name()?).filter(|v| !v.is_empty()),
-        b"size" if !value.is_empty() => extensions.size = Some(decimal(value)?),
-        b"uid" if !value.is_empty() => extensions.uid = Some(decimal(value)?),
-        b"gid" if !value.is_empty() => extensions.gid = Some(decimal(value)?),
-        b"mtime" if !value.is_empty() => extensions.modified = Some(pax_time(value)?),
-        b"atime" if !value.is_empty() => extensions.accessed = Some(pax_time(value)?),
-        b"GNU.sparse.major" => sparse.version_1 = value == b"1",
-        b"GNU.sparse.name" => sparse.name = Some(name()?),
-        b"GNU.sparse.size" | b"GNU.sparse.realsize" => sparse.size = Some(decimal(value)?),
-        b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => sparse.numbers.push(decimal(value)?),
-        b"GNU.sparse.map" if !value.is_empty() => {
-            sparse.numbers = value
-                .split(|b| *b == b',')
-                .map(decimal)
-                .collect::<Option<_>>()?;
-        }
-        _ => {
-            if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                if name.is_empty() || name.contains(&0) {
-                    return None;
-                }
-                if extensions.xattrs.len() >= XATTRS_MAX {
-                    return None;
-                }
-                extensions.xattrs.retain(|(have, _)| have != name);
-                extensions.xattrs.push((name.to_vec(), value.to_vec()));
-            }
-        }
-    }
-    (sparse.numbers.len() <= SEGMENTS_MAX * 2).then_some(())
-}
-
-fn decimal(text: &[u8]) -> Option<u64> {
-    std::str::from_utf8(text).ok()?.parse().ok()
-}
-
-/// Seconds with an optional fraction and sign.
-fn pax_time(text: &[u8]) -> Option<Time> {
-    let text = std::str::from_utf8(text).ok()?;
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let seconds: i64 = whole.parse().ok()?;
-    if !fraction.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
-    }
-    let digits: String = fraction
-        .chars()
-        .chain("000000000".chars())
-        .take(9)
-        .collect();
-    let nanos: u32 = digits.parse().ok()?;
-    // A negative time counts its fraction downwards.
-    Some(if whole.starts_with('-') && nanos > 0 {
-        Time {
-            seconds: seconds.checked_sub(1)?,
-            nanos: 1_000_000_000 - nanos,
-        }
-    } else {
-        Time { seconds, nanos }
-    })
 }
 
 #[cfg(test)]

@@ -11,8 +11,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2, readlinkat,
-    statat, unlinkat,
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags, mkdirat,
+    openat, openat2, readlinkat, statat, statx, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -22,6 +22,9 @@ use super::Error;
 const OPEN_MAX: usize = 16;
 /// Links followed while making the directories of one path.
 const LINKS_MAX: usize = 40;
+/// Looks for one path: the kernel gives up on `..` in links while anything on the machine is renamed or
+/// mounted, which is over at once.
+const LOOKS_MAX: usize = 100;
 
 const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
@@ -240,6 +243,40 @@ impl<'a> Tree<'a> {
         }
     }
 
+    /// Removes `name` of `dir` in a tree that processes use: no directory with something in it, and
+    /// nothing that has a mount on it. The kernel would not mind: from outside of the container, removing
+    /// a name takes the mounts on it away, and what is in them is not the container's to lose.
+    pub(super) fn remove_unused(&mut self, dir: BorrowedFd<'_>, path: &[u8]) -> Result<(), Error> {
+        let name = split(path).1;
+        let found = match statx(dir, name, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::TYPE) {
+            Err(Errno::NOENT) => return Ok(()),
+            found => found.map_err(Error::io("stat", path))?,
+        };
+        let mounted = StatxAttributes::MOUNT_ROOT;
+        let told = found.stx_attributes_mask.contains(mounted);
+        if !told || found.stx_attributes.contains(mounted) {
+            let reason =
+                "a mount is in the way: a file that is mounted can be replaced by its own path";
+            return Err(Error::entry(path, reason));
+        }
+        self.open.clear();
+        let directory = FileType::from_raw_mode(found.stx_mode.into()) == FileType::Directory;
+        let flags = if directory {
+            self.directories_changed = true;
+            AtFlags::REMOVEDIR
+        } else {
+            AtFlags::empty()
+        };
+        match unlinkat(dir, name, flags) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(Errno::NOTEMPTY | Errno::EXIST) => {
+                let reason = "a directory that is not empty is in the way: remove it first";
+                Err(Error::entry(path, reason))
+            }
+            Err(error) => Err(Error::io("remove", path)(error)),
+        }
+    }
+
     /// Empties directory `path` of everything this archive did not bring.
     pub(super) fn clear_older(&mut self, path: &[u8]) -> Result<(), Error> {
         if self.seen.is_none() {
@@ -302,15 +339,46 @@ impl<'a> Tree<'a> {
     }
 }
 
-/// Opens directory `path` with `root` as `/`.
-pub(super) fn open_in(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
-    openat2(
-        root,
-        if path.is_empty() { b"." } else { path },
+/// The descriptor of directory `path` beneath nothing but the machine's root.
+pub(super) fn open_root(path: &str) -> Result<OwnedFd, Error> {
+    openat(
+        CWD,
+        path,
         OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
         Mode::empty(),
-        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
     )
+    .map_err(Error::io("open", path.as_bytes()))
+}
+
+/// Whether a directory has no entries.
+pub(super) fn is_empty(dir: BorrowedFd<'_>) -> Result<bool, Error> {
+    let fd = open_in(dir, b"").map_err(Error::io("open", b"/"))?;
+    for entry in Dir::new(fd).map_err(Error::io("read", b"/"))? {
+        let entry = entry.map_err(Error::io("read", b"/"))?;
+        if entry.file_name() != c"." && entry.file_name() != c".." {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Opens directory `path` with `root` as `/`.
+pub(super) fn open_in(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
+    resolve(root, path, OFlags::RDONLY | OFlags::DIRECTORY)
+}
+
+/// Opens `path` with `root` as `/`.
+pub(super) fn resolve(root: BorrowedFd<'_>, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+    let path: &[u8] = if path.is_empty() { b"." } else { path };
+    let (flags, mode) = (flags | OFlags::CLOEXEC, Mode::empty());
+    let beneath = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let mut looks = 1;
+    loop {
+        match openat2(root, path, flags, mode, beneath) {
+            Err(Errno::AGAIN) if looks < LOOKS_MAX => looks += 1,
+            found => return found,
+        }
+    }
 }
 
 /// Where a link in directory `dir` points, lexically and inside the root.

@@ -2,25 +2,25 @@
 //!
 //! Order of the attributes of each: create, owner, extended attributes, mode (after the owner,
 //! which clears setuid bits and capabilities), times. Times of directories come last of all.
+//! What they are is in `attributes.rs`. Layers, and archives that are none ([`Unpack::copying`]).
+
+mod attributes;
 
 use std::io::{BufRead, Seek as _, SeekFrom, Write as _};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{
-    AtFlags, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags, chmod,
-    fchmod, fchown, futimens, linkat, makedev, mkdirat, mknodat, openat, openat2, statat,
-    symlinkat, utimensat,
+    AtFlags, FileType, Mode, OFlags, Timestamps, chmod, chownat, fchmod, fchown, futimens, linkat,
+    makedev, mkdirat, mknodat, openat, statat, symlinkat, utimensat,
 };
-use rustix::fs::{FileType, chownat};
 use rustix::io::Errno;
 
+use self::attributes::{by_fd, gid, inherit, owner, times, uid, umask};
 use super::Error;
-use super::tar::{Archive, Entry, Kind, Time};
-use super::tree::{Opened, Tree, normalize, open_in, split};
+use super::copy::{Owners, undescribed};
+use super::tar::{Archive, Entry, Kind};
+use super::tree::{Opened, Tree, normalize, split};
 use super::whiteout::{self, Attributes, Mark};
-
-/// Longest extended attribute value of the kernel, and of a list of names.
-const XATTR_MAX_BYTES: usize = 64 << 10;
 
 /// Mode of directories that the archive only implies.
 const IMPLIED_MODE: u32 = 0o755;
@@ -55,6 +55,8 @@ pub(super) struct Unpack<'a> {
     umask: u32,
     in_user_namespace: bool,
     leans_on: LeansOn,
+    /// Set where the archive is no layer: names mean nothing special.
+    copying: Option<Owners>,
 }
 
 /// What a layer that was unpacked without the layers below it would have wanted to know of them.
@@ -79,6 +81,20 @@ impl<'a> Unpack<'a> {
             umask: if base == Base::Empty { umask() } else { 0o7777 },
             in_user_namespace: in_user_namespace(),
             leans_on: LeansOn::default(),
+            copying: None,
+        }
+    }
+
+    /// For an archive that is no layer, into a directory that may hold anything.
+    pub(super) fn copying(root: BorrowedFd<'a>, owners: Owners) -> Self {
+        Self {
+            tree: Tree::new(root, false),
+            form: Form::Plain,
+            directory_times: Vec::new(),
+            umask: 0o7777,
+            in_user_namespace: in_user_namespace(),
+            leans_on: LeansOn::default(),
+            copying: Some(owners),
         }
     }
 
@@ -100,13 +116,20 @@ impl<'a> Unpack<'a> {
             // The root itself belongs to whoever made it.
             return Ok(());
         }
-        match Mark::of(&entry.path, name)? {
+        let mark = match &self.copying {
+            None => Mark::of(&entry.path, name)?,
+            Some(_) => Mark::None,
+        };
+        match mark {
             Mark::None => {}
             Mark::Ignored => return Ok(()),
             Mark::Opaque => return self.opaque(dir),
             Mark::Whiteout(deleted) => return self.whiteout(dir, deleted, entry),
         }
-        let owner = owner(entry)?;
+        let owner = match &self.copying {
+            None => owner(entry)?,
+            Some(owners) => owners.of(entry)?,
+        };
         let parent = self.parent(dir)?;
         self.tree.mark(&path);
         match entry.kind {
@@ -133,7 +156,11 @@ impl<'a> Unpack<'a> {
         let implied = &mut self.leans_on.attributes;
         let times = &mut self.directory_times;
         let chmod = self.umask & IMPLIED_MODE != 0;
+        let copying = self.copying.as_ref();
         self.tree.ensure(path, &mut |path, made| {
+            if let Some(owners) = copying {
+                return undescribed(path, made, owners);
+            }
             *implied |= alone;
             if chmod {
                 fchmod(made, Mode::from_raw_mode(IMPLIED_MODE))
@@ -219,7 +246,11 @@ impl<'a> Unpack<'a> {
             Err(Errno::EXIST) => {}
             other => return other.map_err(Error::io(operation, path)),
         }
-        self.tree.remove(parent.as_fd(), path)?;
+        if self.copying.is_some() {
+            self.tree.remove_unused(parent.as_fd(), path)?;
+        } else {
+            self.tree.remove(parent.as_fd(), path)?;
+        }
         self.tree.mark(path);
         make(parent.as_fd(), name).map_err(Error::io(operation, path))
     }
@@ -269,7 +300,9 @@ impl<'a> Unpack<'a> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = openat(parent, name, flags, Mode::empty())
             .map_err(Error::io("open directory", path))?;
-        if existed || owner != (0, 0) || parent.gives_group {
+        // Who copies without owners has nothing to say about a directory that was there.
+        let stays = existed && self.copying.as_ref().is_some_and(|owners| !owners.keep);
+        if !stays && (existed || owner != (0, 0) || parent.gives_group) {
             fchown(&fd, uid(owner), gid(owner)).map_err(Error::io("change owner of", path))?;
         }
         self.xattrs(entry, path, fd.as_fd())?;
@@ -411,30 +444,6 @@ impl<'a> Unpack<'a> {
             .map_err(Error::io("set times of", path))
     }
 
-    fn xattrs(&mut self, entry: &Entry, path: &[u8], fd: BorrowedFd<'_>) -> Result<(), Error> {
-        for (name, value) in &entry.xattrs {
-            if whiteout::is_overlay_attribute(name) {
-                // They would redirect lookups into other directories of the machine's layers.
-                continue;
-            }
-            if name == b"system.posix_acl_default" {
-                self.umask = 0o7777;
-            }
-            // By way of /proc, since descriptors without read access take no attributes.
-            match rustix::fs::setxattr(by_fd(fd), name.as_slice(), value, XattrFlags::empty()) {
-                Ok(()) | Err(Errno::OPNOTSUPP) => {}
-                Err(Errno::PERM)
-                    if name.starts_with(b"user.")
-                        && !matches!(entry.kind, Kind::File | Kind::Directory) => {}
-                Err(error) => {
-                    tracing::debug!(name = %String::from_utf8_lossy(name), "attribute refused");
-                    return Err(Error::io("set extended attribute of", path)(error));
-                }
-            }
-        }
-        Ok(())
-    }
-
     fn finish(mut self) -> Result<(), Error> {
         for (path, times) in std::mem::take(&mut self.directory_times) {
             let (dir, name) = split(&path);
@@ -455,7 +464,7 @@ impl<'a> Unpack<'a> {
     }
 }
 
-fn write_data<R: BufRead>(
+pub(super) fn write_data<R: BufRead>(
     entry: &Entry,
     path: &[u8],
     file: &mut std::fs::File,
@@ -488,64 +497,6 @@ fn write_data<R: BufRead>(
         .map_err(Error::io("set size of", path))
 }
 
-/// Gives a directory that the archive only implies what it is in the lower layers.
-fn inherit(
-    lower: &[String],
-    path: &[u8],
-    made: BorrowedFd<'_>,
-    times: &mut Vec<(Vec<u8>, Timestamps)>,
-) -> Result<(), Error> {
-    for layer in lower {
-        let Ok(layer) = open_root(layer) else {
-            continue;
-        };
-        let found = openat2(
-            &layer,
-            path,
-            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
-        );
-        let Ok(found) = found else { continue };
-        let stat = rustix::fs::fstat(&found).map_err(Error::io("stat", path))?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
-            // Replaced: what is further below is hidden.
-            return Ok(());
-        }
-        let owner = (stat.st_uid, stat.st_gid);
-        fchown(made, uid(owner), gid(owner)).map_err(Error::io("change owner of", path))?;
-        copy_xattrs(found.as_fd(), made).map_err(Error::io("copy attributes of", path))?;
-        fchmod(made, Mode::from_raw_mode(stat.st_mode)).map_err(Error::io("set mode of", path))?;
-        times.push((path.to_vec(), times_of(&stat)));
-        return Ok(());
-    }
-    Ok(())
-}
-
-fn copy_xattrs(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), Errno> {
-    use rustix::buffer::spare_capacity;
-    let (from, to) = (by_fd(from), by_fd(to));
-    let mut names = Vec::with_capacity(XATTR_MAX_BYTES);
-    match rustix::fs::listxattr(&from, spare_capacity(&mut names)) {
-        Ok(_) => {}
-        Err(Errno::OPNOTSUPP) => return Ok(()),
-        Err(error) => return Err(error),
-    }
-    for name in names.split(|b| *b == 0) {
-        if name.is_empty() || whiteout::is_overlay_attribute(name) {
-            continue;
-        }
-        let mut value = Vec::with_capacity(XATTR_MAX_BYTES);
-        if rustix::fs::getxattr(&from, name, spare_capacity(&mut value)).is_ok() {
-            match rustix::fs::setxattr(&to, name, &value, XattrFlags::empty()) {
-                Ok(()) | Err(Errno::OPNOTSUPP) => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-    Ok(())
-}
-
 fn open_name(dir: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat(dir, name, flags, Mode::empty())
@@ -561,104 +512,9 @@ fn same_file(dir: &Opened, name: &[u8], other: &Opened, other_name: &[u8]) -> bo
     }
 }
 
-fn by_fd(fd: BorrowedFd<'_>) -> String {
-    format!("/proc/self/fd/{}", fd.as_raw_fd())
-}
-
-fn uid(owner: (u32, u32)) -> Option<Uid> {
-    Some(Uid::from_raw(owner.0))
-}
-
-fn gid(owner: (u32, u32)) -> Option<Gid> {
-    Some(Gid::from_raw(owner.1))
-}
-
-fn owner(entry: &Entry) -> Result<(u32, u32), Error> {
-    let id = |id: u64| {
-        // The highest value means "leave alone" to the kernel.
-        u32::try_from(id)
-            .ok()
-            .filter(|id| *id != u32::MAX)
-            .ok_or_else(|| Error::entry(&entry.path, format!("owner {id} is out of range")))
-    };
-    Ok((id(entry.uid)?, id(entry.gid)?))
-}
-
-/// Times before the epoch, or later than nanoseconds in 64 bits can say, become the epoch.
-fn bounded(time: Time) -> Time {
-    if time.seconds < 0 || time.seconds > i64::MAX / 1_000_000_000 {
-        Time::default()
-    } else {
-        time
-    }
-}
-
-fn times(entry: &Entry) -> Timestamps {
-    let modified = bounded(entry.modified);
-    let accessed = entry.accessed.map_or(modified, bounded).max(modified);
-    let spec = |time: Time| Timespec {
-        tv_sec: time.seconds,
-        tv_nsec: time.nanos.into(),
-    };
-    Timestamps {
-        last_access: spec(accessed),
-        last_modification: spec(modified),
-    }
-}
-
-#[allow(
-    clippy::cast_possible_wrap,
-    reason = "the kernel's own values, which fit"
-)]
-fn times_of(stat: &Stat) -> Timestamps {
-    Timestamps {
-        last_access: Timespec {
-            tv_sec: stat.st_atime,
-            tv_nsec: stat.st_atime_nsec as _,
-        },
-        last_modification: Timespec {
-            tv_sec: stat.st_mtime,
-            tv_nsec: stat.st_mtime_nsec as _,
-        },
-    }
-}
-
-/// The umask without changing it; everything where `/proc` does not say, which is always right.
-fn umask() -> u32 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix("Umask:"))
-        .and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok())
-        .unwrap_or(0o7777)
-}
-
 /// Whether root here is not the machine's root.
 pub(super) fn in_user_namespace() -> bool {
     let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     let words: Vec<&str> = map.split_whitespace().collect();
     words != ["0", "0", "4294967295"]
-}
-
-/// The descriptor of directory `path` beneath nothing but the machine's root.
-pub(super) fn open_root(path: &str) -> Result<OwnedFd, Error> {
-    openat(
-        rustix::fs::CWD,
-        path,
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(Error::io("open", path.as_bytes()))
-}
-
-/// Whether a directory has no entries.
-pub(super) fn is_empty(dir: BorrowedFd<'_>) -> Result<bool, Error> {
-    let fd = open_in(dir, b"").map_err(Error::io("open", b"/"))?;
-    for entry in rustix::fs::Dir::new(fd).map_err(Error::io("read", b"/"))? {
-        let entry = entry.map_err(Error::io("read", b"/"))?;
-        if entry.file_name() != c"." && entry.file_name() != c".." {
-            return Ok(false);
-        }
-    }
-    Ok(true)
 }

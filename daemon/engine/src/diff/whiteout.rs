@@ -11,7 +11,7 @@ use rustix::fs::{
 };
 
 use super::Error;
-use super::unpack::open_root;
+use super::tree::open_root;
 
 /// What a deleted name starts with.
 pub(super) const PREFIX: &[u8] = b".wh.";

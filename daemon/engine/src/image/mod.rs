@@ -24,7 +24,7 @@ pub use self::error::Error;
 pub use self::fetch::{FetchOptions, Fetcher, Origin};
 pub use self::inspect::{Completeness, Resolved, check, resolve, sizes};
 pub(crate) use self::inspect::{document, wanted};
-pub use self::locks::Locks;
+pub use self::locks::{Held, Locks};
 pub use self::platform::{Matcher, Platform};
 pub use self::progress::{Event, Tracker};
 pub use self::unpack::{Snapshotters, UnpackTarget, Unpacked, Unpacker, chain_ids};

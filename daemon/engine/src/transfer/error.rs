@@ -1,8 +1,9 @@
 //! Why a transfer failed.
 
 use lighter_proto::errdefs::{Classify, ErrorKind};
+use prost_types::Any;
 
-use crate::{image, registry, streaming};
+use crate::{diff, image, registry, runtime, streaming};
 
 /// Why a transfer failed.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +52,28 @@ pub enum Error {
         /// Of what.
         reason: String,
     },
+    /// A container's files are out of reach.
+    #[error("{reason}")]
+    Container {
+        /// What this is to the caller.
+        kind: ErrorKind,
+        /// Why.
+        reason: String,
+    },
+    /// Files could not be copied.
+    #[error("copy of {what}")]
+    Copy {
+        /// Path and container.
+        what: String,
+        /// Why.
+        source: diff::Error,
+    },
+    /// A container's files could not be mounted.
+    #[error(transparent)]
+    Mount(#[from] lighter_snapshotter::mount::Error),
+    /// Tasks.
+    #[error(transparent)]
+    Task(#[from] runtime::Error),
     /// The client's stream.
     #[error(transparent)]
     Stream(#[from] streaming::Error),
@@ -96,9 +119,22 @@ impl Classify for Error {
             Self::Verifier { .. } | Self::Io { .. } => ErrorKind::Internal,
             Self::Invalid { .. } | Self::Archive { .. } => ErrorKind::InvalidArgument,
             Self::Nothing { .. } => ErrorKind::NotFound,
+            Self::Container { kind, .. } => *kind,
+            Self::Copy { source, .. } => source.kind(),
+            Self::Mount(error) => error.kind(),
+            Self::Task(error) => error.kind(),
             Self::Stream(error) => error.kind(),
             Self::Image(error) => error.kind(),
             Self::Store(error) => error.kind(),
+        }
+    }
+
+    fn details(&self) -> &[Any] {
+        match self {
+            Self::Image(error) => error.details(),
+            Self::Store(error) => error.details(),
+            Self::Task(error) => error.details(),
+            _ => &[],
         }
     }
 }

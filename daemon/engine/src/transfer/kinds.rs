@@ -10,6 +10,7 @@ use lighter_store::{Labels, Namespace, labels};
 use prost::Name;
 use prost_types::Any;
 
+use super::container::{PathEnd, TarStream};
 use super::credentials::StreamCredentials;
 use super::graph::Select;
 use super::pull::UnpackRequest;
@@ -93,6 +94,8 @@ pub enum Source {
     Registry(RegistryEnd),
     Store(StoreEnd),
     Import(ImportOptions),
+    Path(PathEnd),
+    Stream(TarStream),
     /// A type that is no source; its name.
     Other(String),
 }
@@ -104,6 +107,8 @@ pub enum Destination {
     Registry(RegistryEnd),
     Store(StoreEnd),
     Export(ExportOptions),
+    Path(PathEnd),
+    Stream(TarStream),
     /// A type that is no destination; its name.
     Other(String),
 }
@@ -120,6 +125,8 @@ impl fmt::Display for Source {
             Self::Registry(end) => end.fmt(f),
             Self::Store(end) => write!(f, "Local Image Store ({})", end.name),
             Self::Import(_) => f.write_str("Import stream"),
+            Self::Path(end) => write!(f, "path {:?} in container {:?}", end.path, end.container),
+            Self::Stream(_) => f.write_str("Read stream"),
             Self::Other(name) => f.write_str(name),
         }
     }
@@ -131,6 +138,8 @@ impl fmt::Display for Destination {
             Self::Registry(end) => end.fmt(f),
             Self::Store(end) => write!(f, "Local Image Store ({})", end.name),
             Self::Export(_) => f.write_str("Export stream"),
+            Self::Path(end) => write!(f, "path {:?} in container {:?}", end.path, end.container),
+            Self::Stream(_) => f.write_str("Write stream"),
             Self::Other(name) => f.write_str(name),
         }
     }
@@ -149,6 +158,23 @@ fn platforms(
     Ok(list.into_iter().map(Platform::from).collect())
 }
 
+fn path_end(message: wire::ContainerPath) -> Result<PathEnd, Error> {
+    if message.container_id.is_empty() || message.path.is_empty() {
+        return Err(Error::invalid(
+            "container path needs a container and a path",
+        ));
+    }
+    if message.path.contains('\0') {
+        return Err(Error::invalid("container path with a NUL byte"));
+    }
+    Ok(PathEnd {
+        container: message.container_id,
+        path: message.path,
+        walk: !message.no_walk,
+        keep_owners: message.preserve_ownership,
+    })
+}
+
 impl Transfer {
     /// Reads a source.
     ///
@@ -165,6 +191,14 @@ impl Transfer {
             Source::Import(ImportOptions {
                 stream: self.stream(namespace, &import.stream)?,
                 force_compress: import.force_compress,
+            })
+        } else if is(wire::ContainerPath::full_name()) {
+            Source::Path(path_end(unpack(message)?)?)
+        } else if is(wire::ReadStream::full_name()) {
+            let read: wire::ReadStream = unpack(message)?;
+            Source::Stream(TarStream {
+                stream: self.stream(namespace, &read.stream)?,
+                media_type: read.media_type,
             })
         } else {
             Source::Other(type_name(message))
@@ -189,6 +223,14 @@ impl Transfer {
                 skip_compatibility_manifest: export.skip_compatibility_manifest,
                 skip_non_distributable: export.skip_non_distributable,
                 stream: self.stream(namespace, &export.stream)?,
+            })
+        } else if is(wire::ContainerPath::full_name()) {
+            Destination::Path(path_end(unpack(message)?)?)
+        } else if is(wire::WriteStream::full_name()) {
+            let write: wire::WriteStream = unpack(message)?;
+            Destination::Stream(TarStream {
+                stream: self.stream(namespace, &write.stream)?,
+                media_type: write.media_type,
             })
         } else {
             Destination::Other(type_name(message))

@@ -1,10 +1,12 @@
-//! Transfers between typed sources and destinations: pull, push, import, export, tag.
+//! Transfers between typed sources and destinations: pull, push, import, export, tag, and copies
+//! into containers and out of them.
 //!
 //! [`Transfer`] is the engine for the gRPC service and for CRI alike: [`Transfer::pull`] needs no
 //! stream and no message type. Everything an operation makes is held by a lease, the caller's or
 //! its own ([`OwnLease`]), and image records are written last, when all they stand for is there.
 
 mod archive;
+mod container;
 mod credentials;
 mod error;
 mod export;
@@ -23,13 +25,14 @@ mod verifier;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use lighter_store::metadata::Db;
 use lighter_store::{Namespace, Scope};
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
+pub use self::container::{PathEnd, TarStream};
 pub use self::error::Error;
 pub use self::graph::Select;
 pub use self::kinds::{
@@ -41,6 +44,7 @@ pub use self::pull::{Pull, Pulled, PulledManifest, UnpackRequest};
 pub use self::verifier::VerifierConfig;
 use crate::image::{Locks, Platform, Snapshotters, Tracker, Unpacker};
 use crate::registry::Registry;
+use crate::runtime::Manager;
 use crate::streaming::{Stream, Streams, bytes};
 
 /// A platform and snapshotter that clients may ask to unpack for.
@@ -99,6 +103,8 @@ struct Inner {
     uploads: Arc<Semaphore>,
     config: Config,
     tasks: TaskTracker,
+    /// Containers' processes, whose files are copied; without it all containers are at rest.
+    manager: OnceLock<Manager>,
 }
 
 impl Transfer {
@@ -125,8 +131,15 @@ impl Transfer {
                 uploads: Arc::new(Semaphore::new(config.max_uploads.max(1))),
                 config,
                 tasks,
+                manager: OnceLock::new(),
             }),
         }
+    }
+
+    /// Lets copies reach the files of running containers. To be called once; what comes later is
+    /// not heard.
+    pub fn reach(&self, manager: Manager) {
+        let _first = self.inner.manager.set(manager);
     }
 
     /// Carries out one transfer. Progress goes to `watcher`; a slow watcher misses some of it.
@@ -158,6 +171,16 @@ impl Transfer {
         destination: Destination,
         tracker: &Tracker,
     ) -> Result<(), Error> {
+        // A copy makes nothing that a lease could hold.
+        let (source, destination) = match (source, destination) {
+            (Source::Path(from), Destination::Stream(to)) => {
+                return self.copy_out(scope, &from, to).await;
+            }
+            (Source::Stream(from), Destination::Path(to)) => {
+                return self.copy_in(scope, from, &to).await;
+            }
+            other => other,
+        };
         let lease = self.lease(scope).await?;
         let scope = lease.scope();
         let done = match (source, destination) {

@@ -1,5 +1,8 @@
 //! Fields of headers.
 
+use super::header::parse_number;
+use super::pax::pax_time;
+use super::sparse::segments;
 use super::*;
 
 #[test]
