@@ -16,6 +16,18 @@ pub struct Cri {
     pub images: Images,
     /// `[plugins.'io.containerd.cri.v1.runtime']`
     pub runtime: Runtime,
+    /// `[plugins.'io.containerd.service.v1.tasks-service']`
+    pub tasks: Tasks,
+}
+
+/// Files of classes that containers may ask for.
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tasks {
+    /// YAML file of classes of block I/O; empty for none.
+    pub blockio_config_file: String,
+    /// File of classes of cache and memory bandwidth. Of no effect: those in resctrl are joined.
+    pub rdt_config_file: String,
 }
 
 /// The streaming server.
@@ -187,7 +199,7 @@ pub struct Runtime {
     pub cni: Cni,
     /// Whether SELinux labels are set.
     pub enable_selinux: bool,
-    /// Upper bound of SELinux categories.
+    /// Upper bound of SELinux categories; 0 is 1024, which is the most.
     pub selinux_category_range: u32,
     /// Bytes at which a log line is split; negative never splits.
     pub max_container_log_line_size: i64,
@@ -227,6 +239,8 @@ pub struct Runtime {
     pub stats_retention_period: String,
     /// Whether checkpoints are offered.
     pub enable_criu: bool,
+    /// Whether a container may be made of a checkpoint in place of an image.
+    pub enable_experimental_restore_via_create: bool,
 }
 
 impl Default for Runtime {
@@ -255,7 +269,42 @@ impl Default for Runtime {
             stats_collect_period: String::new(),
             stats_retention_period: String::new(),
             enable_criu: true,
+            enable_experimental_restore_via_create: false,
         }
+    }
+}
+
+impl Runtime {
+    /// Checks keys of handlers; what is accepted without effect.
+    ///
+    /// # Errors
+    /// For a value that a key cannot have.
+    pub(crate) fn check(&self) -> Result<Vec<String>> {
+        let mut warnings = Vec::new();
+        for (name, handler) in &self.containerd.runtimes {
+            let place =
+                format!("plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{name}");
+            if !matches!(handler.sandboxer.as_str(), "" | "podsandbox") {
+                warnings.push(format!(
+                    "{place}.sandboxer = {:?} has no effect: pods of this handler are made with a pause \
+                     process in its runtime; take the key away, or name \"podsandbox\"",
+                    handler.sandboxer
+                ));
+            }
+            match handler.io_type.as_str() {
+                "" | "fifo" => {}
+                "streaming" => warnings.push(format!(
+                    "{place}.io_type = \"streaming\" has no effect: output of this handler goes through \
+                     fifos; take the key away, or name \"fifo\""
+                )),
+                other => {
+                    return Err(Error::invalid(format!(
+                        "{place}.io_type: `io_type` can only be `streaming` or `fifo`, got {other:?}"
+                    )));
+                }
+            }
+        }
+        Ok(warnings)
     }
 }
 
@@ -322,11 +371,11 @@ pub struct Handler {
     pub cni_max_conf_num: u32,
     /// Snapshotter of this handler.
     pub snapshotter: String,
-    /// Sandbox controller.
+    /// Sandbox controller. Of no effect but a warning: pods are made as `podsandbox` makes them.
     pub sandboxer: String,
-    /// Whether no pause image is pulled.
+    /// Whether a configured pause image has to be there already: it is not pulled.
     pub disable_pause_image_pull: bool,
-    /// `""` or `fifo`, or `streaming`.
+    /// `""` or `fifo`; `streaming` has no effect but a warning.
     pub io_type: String,
 }
 
@@ -455,6 +504,31 @@ mod tests {
             (changed.len(), changed["runc"].runtime_path.as_str()),
             (1, "/x")
         );
+    }
+
+    #[test]
+    fn keys_without_effect_are_told() {
+        let mut runtime = Runtime::default();
+        assert!(runtime.check().unwrap().is_empty());
+        let handler = |sandboxer: &str, io_type: &str| Handler {
+            sandboxer: sandboxer.to_owned(),
+            io_type: io_type.to_owned(),
+            ..Handler::default()
+        };
+        let runtimes = &mut runtime.containerd.runtimes;
+        runtimes.insert("a".to_owned(), handler("", "fifo"));
+        runtimes.insert("b".to_owned(), handler("shim", "streaming"));
+        let told = runtime.check().unwrap();
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert!(
+            told[0].contains("runtimes.b.sandboxer = \"shim\""),
+            "{told:?}"
+        );
+        assert!(told[1].contains("runtimes.b.io_type"), "{told:?}");
+        let runtimes = &mut runtime.containerd.runtimes;
+        runtimes.insert("c".to_owned(), handler("podsandbox", "pipe"));
+        let refused = runtime.check().unwrap_err().to_string();
+        assert!(refused.contains("runtimes.c.io_type"), "{refused}");
     }
 
     #[test]

@@ -2,9 +2,9 @@
 //!
 //! The leaf modules need no engine: configuration ([`config`]), pod networks ([`cni`], [`netns`]),
 //! the server of exec, attach and port-forward ([`streaming`]), plugins ([`nri`]), devices
-//! ([`cdi`]), and the default seccomp profile ([`seccomp_default`]). Above them stand images
-//! ([`image`]), the specs of containers ([`spec`]) and what is known of pods ([`store`]), and the two
-//! services over them ([`runtime`], [`plugin`]).
+//! ([`cdi`]), labels ([`selinux`]) and the default seccomp profile ([`seccomp_default`]). Above them
+//! stand images ([`image`]), the specs of containers ([`spec`]) and what is known of pods ([`store`]),
+//! and the two services over them ([`runtime`], [`plugin`]).
 
 pub mod cdi;
 pub mod config;
@@ -15,6 +15,7 @@ pub mod nri;
 pub mod plugin;
 pub mod runtime;
 pub mod seccomp_default;
+pub mod selinux;
 pub mod spec;
 pub mod store;
 pub mod streaming;

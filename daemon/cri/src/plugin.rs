@@ -1,6 +1,6 @@
 //! The plugin: what every call works with, made once at start.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
@@ -9,7 +9,6 @@ use lighter_engine::gc::Collector;
 use lighter_engine::runtime::Manager;
 use lighter_engine::transfer::Transfer;
 use lighter_proto::errdefs::into_status;
-use lighter_proto::runtime::v1::RuntimeHandlerFeatures;
 use lighter_snapshotter::Usage;
 use lighter_store::filter::Filter;
 use lighter_store::metadata::Db;
@@ -27,8 +26,10 @@ use crate::error::{Error, Result};
 use crate::image::Images;
 use crate::json::Json;
 use crate::nri;
-use crate::runtime::{Backend, Backlog, History, Hooks, Outputs, Timers};
+use crate::runtime::{Backend, Backlog, History, Hooks, KnownFeatures, Outputs, Timers};
+use crate::selinux::{self, Selinux};
 use crate::spec;
+use crate::spec::classes::Classes;
 use crate::spec::resources::Machine;
 use crate::store::Store;
 use crate::streaming;
@@ -215,9 +216,13 @@ pub struct Plugin {
     pub(crate) machine: Machine,
     pub(crate) events: Backlog,
     /// What handlers offer, once somebody asked.
-    pub(crate) features: tokio::sync::OnceCell<BTreeMap<String, RuntimeHandlerFeatures>>,
+    pub(crate) features: KnownFeatures,
+    /// Labels and the categories that are taken.
+    pub(crate) selinux: Selinux,
+    /// Classes of block I/O, and of caches and memory bandwidth.
+    pub(crate) classes: Classes,
     /// The last measure of the images, when it was taken and of which images.
-    image_filesystem: tokio::sync::Mutex<Option<(u64, Instant, ImageFilesystem)>>,
+    image_filesystems: tokio::sync::Mutex<Option<(u64, Instant, Vec<ImageFilesystem>)>>,
     /// Held by whoever makes the pause image.
     pub(crate) pause_made: tokio::sync::Mutex<()>,
     pub(crate) version: String,
@@ -248,6 +253,19 @@ fn history(config: &config::Cri) -> Result<History> {
         config::duration("stats_retention_period", &runtime.stats_retention_period)?,
         Duration::from_secs(config.images.stats_collect_period),
     ))
+}
+
+/// What specs depend on beside requests: what runtimes offer, labels, and classes.
+///
+/// # Errors
+/// For values that keys of the configuration cannot have.
+fn beside_requests(config: &config::Cri) -> Result<(KnownFeatures, Selinux, Classes)> {
+    for warning in config.runtime.check()? {
+        tracing::warn!("{warning}");
+    }
+    let features = KnownFeatures::of(config.runtime.containerd.runtimes.keys());
+    let selinux = Selinux::new(&config.runtime, &selinux::Places::below(Path::new("/")))?;
+    Ok((features, selinux, Classes::load(&config.tasks)))
 }
 
 impl Plugin {
@@ -289,6 +307,7 @@ impl Plugin {
             }
         }
         let stats = history(&parts.config)?;
+        let (features, selinux, classes) = beside_requests(&parts.config)?;
         let dirs = parts.config.runtime.cdi_spec_dirs.iter().map(PathBuf::from);
         let cdi = parts
             .config
@@ -323,8 +342,10 @@ impl Plugin {
             tracker: parts.tracker,
             stop: parts.stop,
             events: Backlog::default(),
-            features: tokio::sync::OnceCell::new(),
-            image_filesystem: tokio::sync::Mutex::default(),
+            features,
+            selinux,
+            classes,
+            image_filesystems: tokio::sync::Mutex::default(),
             pause_made: tokio::sync::Mutex::default(),
             version: parts.version,
         });
@@ -405,7 +426,7 @@ impl Plugin {
     }
 
     /// The name of a runtime handler; empty for the default.
-    fn handler_name<'a>(&'a self, name: &'a str) -> &'a str {
+    pub(crate) fn handler_name<'a>(&'a self, name: &'a str) -> &'a str {
         if name.is_empty() {
             &self.config.runtime.containerd.default_runtime_name
         } else {
@@ -443,16 +464,31 @@ impl Plugin {
         self.images.changed();
     }
 
-    /// Root of the image snapshotter, and what its snapshots take: measured anew once the last
-    /// measure is older than `stats_collect_period`, or an image came or went.
+    /// Snapshotters that handlers use: the default one, then the others by name.
+    pub(crate) fn snapshotters(&self) -> Vec<String> {
+        let default = &self.config.images.snapshotter;
+        let handlers = self.config.runtime.containerd.runtimes.keys();
+        let platforms = self.config.images.runtime_platforms.values();
+        let platforms = platforms.map(|platform| platform.snapshotter.clone());
+        let others = handlers
+            .map(|name| self.snapshotter_of(name))
+            .chain(platforms);
+        let others: BTreeSet<_> = others
+            .filter(|name| !name.is_empty() && name != default)
+            .collect();
+        std::iter::once(default.clone()).chain(others).collect()
+    }
+
+    /// Roots of the snapshotters that handlers use, the default one first, and what their snapshots take:
+    /// measured anew once the last measure is older than `stats_collect_period`, or an image came or went.
     ///
     /// # Errors
-    /// When the snapshotter fails.
-    pub(crate) async fn image_filesystem(&self) -> Result<ImageFilesystem> {
+    /// When the default snapshotter fails.
+    pub(crate) async fn image_filesystems(&self) -> Result<Vec<ImageFilesystem>> {
         let images = self.images.generation();
         let longest = Duration::from_secs(self.config.images.stats_collect_period);
         // Held while it measures: callers that come meanwhile want the same.
-        let mut last = self.image_filesystem.lock().await;
+        let mut last = self.image_filesystems.lock().await;
         if let Some((generation, at, known)) = &*last
             && *generation == images
             && at.elapsed() < longest
@@ -464,9 +500,28 @@ impl Plugin {
         Ok(found)
     }
 
-    async fn measure_images(&self) -> Result<ImageFilesystem> {
+    async fn measure_images(&self) -> Result<Vec<ImageFilesystem>> {
+        let mut found = Vec::new();
+        for name in self.snapshotters() {
+            match self.measure_snapshots(&name).await {
+                Ok(measured) => found.push(measured),
+                // A kubelet goes by the first one only.
+                Err(error) if found.is_empty() => return Err(error),
+                Err(error) => {
+                    tracing::warn!(snapshotter = %name, %error, "snapshots not measured");
+                }
+            }
+        }
+        // Blobs count too, where images are unpacked by default: removing an image frees them as well.
+        for blob in self.db.content().list(&self.scope, &Filter::default())? {
+            found[0].usage.size_bytes += blob.size_bytes;
+            found[0].usage.inodes += 1;
+        }
+        Ok(found)
+    }
+
+    async fn measure_snapshots(&self, name: &str) -> Result<ImageFilesystem> {
         let at = SystemTime::now();
-        let name = &self.config.images.snapshotter;
         let snapshots = self.db.snapshots(name)?;
         let root = snapshots.driver().root().map(|r| r.display().to_string());
         let mut total = Usage::default();
@@ -476,11 +531,6 @@ impl Plugin {
                 total.size_bytes += usage.size_bytes;
                 total.inodes += usage.inodes;
             }
-        }
-        // Blobs count too: removing an image frees them as well.
-        for blob in self.db.content().list(&self.scope, &Filter::default())? {
-            total.size_bytes += blob.size_bytes;
-            total.inodes += 1;
         }
         Ok(ImageFilesystem {
             root: root.unwrap_or_default(),

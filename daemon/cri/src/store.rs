@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::SystemTime;
 
 use lighter_proto::runtime::v1::{
@@ -22,6 +22,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use crate::error::{Error, Result};
+use crate::selinux::Labels;
 use crate::turn::Turn;
 use lighter_proto::errdefs::ErrorKind;
 
@@ -67,6 +68,8 @@ pub struct Pod {
     pub handler: String,
     /// Its network namespace; `None` on the host's network.
     pub netns: Option<PathBuf>,
+    /// Its SELinux labels, once they are given.
+    labels: OnceLock<Labels>,
     state: watch::Sender<PodState>,
     /// Taken by run, stop and remove in turn.
     pub busy: Turn,
@@ -100,9 +103,28 @@ impl Pod {
             config,
             handler,
             netns,
+            labels: OnceLock::new(),
             state: watch::Sender::new(state),
             busy: Turn::default(),
         }
+    }
+
+    /// Gives it its SELinux labels, which it has from then on.
+    pub fn label(&self, labels: Labels) {
+        // Once in its life: by whoever makes or recovers it.
+        let _ = self.labels.set(labels);
+    }
+
+    /// SELinux label of its processes; empty for none.
+    #[must_use]
+    pub fn process_label(&self) -> &str {
+        self.labels.get().map_or("", Labels::process)
+    }
+
+    /// SELinux label of its files; empty for none.
+    #[must_use]
+    pub fn mount_label(&self) -> &str {
+        self.labels.get().map_or("", Labels::mount)
     }
 
     /// Its state now.
@@ -197,6 +219,17 @@ impl ContainerStatus {
             oom_killed: false,
         }
     }
+
+    /// Where it is in its life by its times alone. `unstarted` is what it is without any: a task that is
+    /// lost may have been started by a daemon that could not note it any more.
+    #[must_use]
+    pub fn by_times(&self, unstarted: ContainerState) -> ContainerState {
+        match (self.started_at, self.finished_at) {
+            (_, Some(_)) => ContainerState::ContainerExited,
+            (Some(_), None) => ContainerState::ContainerRunning,
+            (None, None) => unstarted,
+        }
+    }
 }
 
 /// One container.
@@ -220,6 +253,8 @@ pub struct Container {
     pub snapshotter: String,
     /// Who it runs as.
     pub user: ContainerUser,
+    /// Its SELinux labels.
+    pub labels: Labels,
     status: watch::Sender<ContainerStatus>,
     /// Held while its status file is written.
     file: Mutex<()>,
@@ -248,6 +283,8 @@ pub struct NewContainer {
     pub snapshotter: String,
     /// See [`Container`].
     pub user: ContainerUser,
+    /// See [`Container`].
+    pub labels: Labels,
 }
 
 impl Container {
@@ -264,6 +301,7 @@ impl Container {
             stop_signal: new.stop_signal,
             snapshotter: new.snapshotter,
             user: new.user,
+            labels: new.labels,
             status: watch::Sender::new(status),
             file: Mutex::default(),
             busy: Turn::default(),
@@ -527,6 +565,22 @@ mod tests {
         drop(held);
         store.reserve("container", "n", "2").unwrap().keep();
         assert_eq!(store.holder("n").as_deref(), Some("2"));
+    }
+
+    #[test]
+    fn a_state_follows_from_the_times() {
+        let mut status = ContainerStatus::created(None);
+        let unstarted = ContainerState::ContainerCreated;
+        assert_eq!(status.by_times(unstarted), unstarted);
+        status.started_at = Some(SystemTime::now());
+        let running = ContainerState::ContainerRunning;
+        assert_eq!(status.by_times(unstarted), running);
+        status.finished_at = status.started_at;
+        let exited = ContainerState::ContainerExited;
+        assert_eq!(status.by_times(unstarted), exited);
+        // A start that failed.
+        status.started_at = None;
+        assert_eq!(status.by_times(running), exited);
     }
 
     #[test]

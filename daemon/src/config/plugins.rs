@@ -9,13 +9,12 @@ use super::Error;
 
 /// Tables of plugins that containerd has and this daemon does without: accepted in silence, since
 /// files written for containerd carry them.
-const IGNORED: [&str; 15] = [
+const IGNORED: [&str; 14] = [
     "io.containerd.content.v1.content",
     "io.containerd.internal.v1.opt",
     "io.containerd.internal.v1.tracing",
     "io.containerd.tracing.processor.v1.otlp",
     "io.containerd.runtime.v1.linux",
-    "io.containerd.service.v1.tasks-service",
     "io.containerd.snapshotter.v1.aufs",
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper",
@@ -333,6 +332,8 @@ impl Plugins {
                 server: take(&mut tables, "io.containerd.grpc.v1.cri")?.unwrap_or_default(),
                 images: take(&mut tables, "io.containerd.cri.v1.images")?.unwrap_or_default(),
                 runtime: take(&mut tables, "io.containerd.cri.v1.runtime")?.unwrap_or_default(),
+                tasks: take(&mut tables, "io.containerd.service.v1.tasks-service")?
+                    .unwrap_or_default(),
             },
         };
         let unknown = tables

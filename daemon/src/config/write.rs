@@ -156,6 +156,11 @@ fn defaults() -> Result<Table, toml::ser::Error> {
             "io.containerd.cri.v1.runtime",
             &cri::Runtime::default(),
         )?;
+        insert(
+            plugins,
+            "io.containerd.service.v1.tasks-service",
+            &cri::Tasks::default(),
+        )?;
     }
     Ok(whole)
 }

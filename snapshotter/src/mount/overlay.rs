@@ -146,7 +146,7 @@ fn context(parsed: &Parsed, mount: &Mount, lower: Vec<Lower>) -> Result<OwnedFd,
         match word.split_once('=') {
             Some(("lowerdir", _)) => {}
             Some((key @ ("upperdir" | "workdir"), path)) => set_dir(fs.as_fd(), key, path)?,
-            Some((key, value)) => fsconfig_set_string(fs.as_fd(), key, value)?,
+            Some((key, value)) => fsconfig_set_string(fs.as_fd(), key, unquoted(key, value))?,
             None => fsconfig_set_flag(fs.as_fd(), word.as_str())?,
         }
     }
@@ -156,6 +156,15 @@ fn context(parsed: &Parsed, mount: &Mount, lower: Vec<Lower>) -> Result<OwnedFd,
         FsMountFlags::FSMOUNT_CLOEXEC,
         attributes(parsed.flags.bits),
     )
+}
+
+/// A label without the quotes that hold it together among the words of `mount(2)`.
+fn unquoted<'a>(key: &str, value: &'a str) -> &'a str {
+    let label = matches!(key, "context" | "fscontext" | "defcontext" | "rootcontext");
+    let bare = value
+        .strip_prefix('"')
+        .and_then(|rest| rest.strip_suffix('"'));
+    bare.filter(|_| label).unwrap_or(value)
 }
 
 fn set_dir(fs: BorrowedFd<'_>, key: &str, path: &str) -> Result<(), Errno> {
@@ -304,4 +313,18 @@ fn common_dir(paths: &[PathBuf]) -> Option<PathBuf> {
         }
     }
     (common.as_os_str().len() > 1).then_some(common)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_labels_lose_their_quotes() {
+        let label = "\"u:o:t:s0:c1,c2\"";
+        assert_eq!(unquoted("context", label), "u:o:t:s0:c1,c2");
+        assert_eq!(unquoted("context", "u:o:t"), "u:o:t");
+        assert_eq!(unquoted("context", "\""), "\"");
+        assert_eq!(unquoted("xino", label), label);
+    }
 }

@@ -170,25 +170,27 @@ impl ImageService for ImageEdge {
     ) -> Result<Response<api::ImageFsInfoResponse>, Status> {
         let limit = Duration::from_secs(30);
         let plugin = Arc::clone(self.0.plugin()?);
-        let usage = tokio::time::timeout(limit, plugin.image_filesystem()).await;
+        let usage = tokio::time::timeout(limit, plugin.image_filesystems()).await;
         let usage =
             usage.map_err(|_| Status::deadline_exceeded("measuring the image filesystem"))?;
-        let measured = usage.map_err(into_status)?;
-        let filesystem = api::FilesystemUsage {
-            timestamp: time::to_nanos(measured.at),
-            fs_id: Some(api::FilesystemIdentifier {
-                mountpoint: measured.root,
-            }),
-            used_bytes: Some(api::UInt64Value {
-                value: measured.usage.size_bytes,
-            }),
-            inodes_used: Some(api::UInt64Value {
-                value: measured.usage.inodes,
-            }),
-        };
+        let measured = usage.map_err(into_status)?.into_iter();
+        let filesystems: Vec<_> = measured
+            .map(|measured| api::FilesystemUsage {
+                timestamp: time::to_nanos(measured.at),
+                fs_id: Some(api::FilesystemIdentifier {
+                    mountpoint: measured.root,
+                }),
+                used_bytes: Some(api::UInt64Value {
+                    value: measured.usage.size_bytes,
+                }),
+                inodes_used: Some(api::UInt64Value {
+                    value: measured.usage.inodes,
+                }),
+            })
+            .collect();
         Ok(Response::new(api::ImageFsInfoResponse {
-            image_filesystems: vec![filesystem.clone()],
-            container_filesystems: vec![filesystem],
+            image_filesystems: filesystems.clone(),
+            container_filesystems: filesystems,
         }))
     }
 }

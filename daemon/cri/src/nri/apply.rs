@@ -7,16 +7,13 @@ use lighter_proto::nri::pkg::api::v1alpha1::{
 };
 use serde_json::{Map, Value, json};
 
-use super::error::Error;
 use super::merge::removed;
 use crate::oci::{array, object, set_env};
 
 /// Makes an adjustment in an OCI spec. The CDI devices in it are for the caller to inject, with
-/// [`cdi::Registry::inject`](crate::cdi::Registry::inject).
-///
-/// # Errors
-/// What cannot be expressed in a spec; it may then be half changed and must not be used.
-pub fn apply_adjustment(spec: &mut Value, adjust: &ContainerAdjustment) -> Result<(), Error> {
+/// [`cdi::Registry::inject`](crate::cdi::Registry::inject), and so is its class of block I/O, which takes
+/// the operator's [`Classes`](crate::spec::classes::Classes).
+pub fn apply_adjustment(spec: &mut Value, adjust: &ContainerAdjustment) {
     for (key, value) in &adjust.annotations {
         let annotations = object(spec, &["annotations"]);
         match removed(key) {
@@ -63,9 +60,8 @@ pub fn apply_adjustment(spec: &mut Value, adjust: &ContainerAdjustment) -> Resul
         limits.retain(|other| other["type"] != kind.as_str());
         limits.push(json!({"type": kind, "hard": limit.hard, "soft": limit.soft}));
     }
-    match &adjust.linux {
-        Some(linux) => apply_linux(spec, linux),
-        None => Ok(()),
+    if let Some(linux) = &adjust.linux {
+        apply_linux(spec, linux);
     }
 }
 
@@ -115,12 +111,12 @@ fn hook(hook: &Hook) -> Value {
     entry.into()
 }
 
-fn apply_linux(spec: &mut Value, linux: &LinuxContainerAdjustment) -> Result<(), Error> {
+fn apply_linux(spec: &mut Value, linux: &LinuxContainerAdjustment) {
     for device in &linux.devices {
         apply_device(spec, device);
     }
     if let Some(resources) = &linux.resources {
-        apply_resources(spec, resources)?;
+        apply_resources(spec, resources);
     }
     let part = object(spec, &["linux"]);
     if !linux.cgroups_path.is_empty() {
@@ -186,7 +182,6 @@ fn apply_linux(spec: &mut Value, linux: &LinuxContainerAdjustment) -> Result<(),
         }
     }
     apply_process(spec, linux);
-    Ok(())
 }
 
 /// The parts of a Linux adjustment that the spec keeps with the process.
@@ -277,11 +272,8 @@ fn apply_device(spec: &mut Value, device: &LinuxDevice) {
     array(spec, &["linux", "resources", "devices"]).push(access);
 }
 
-/// Sets resources in an OCI spec; those that are not given stay.
-///
-/// # Errors
-/// A block I/O class: no classes are configured here.
-pub fn apply_resources(spec: &mut Value, resources: &LinuxResources) -> Result<(), Error> {
+/// Sets resources in an OCI spec; those that are not given stay, and so does a class of block I/O.
+pub fn apply_resources(spec: &mut Value, resources: &LinuxResources) {
     let mut put = |group: &str, key: &str, value: Option<Value>| {
         if let Some(value) = value {
             object(spec, &["linux", "resources", group]).insert(key.to_owned(), value);
@@ -326,17 +318,6 @@ pub fn apply_resources(spec: &mut Value, resources: &LinuxResources) -> Result<(
     {
         object(spec, &["linux", "intelRdt"])
             .insert("closID".to_owned(), class.value.clone().into());
-    }
-    match resources
-        .blockio_class
-        .as_ref()
-        .filter(|class| !class.value.is_empty())
-    {
-        Some(class) => Err(Error::Apply(format!(
-            "block I/O class {:?}: no classes are configured",
-            class.value
-        ))),
-        None => Ok(()),
     }
 }
 

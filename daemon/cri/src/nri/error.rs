@@ -42,9 +42,6 @@ pub enum Error {
         /// Its reason.
         reason: String,
     },
-    /// A change that cannot be made here.
-    #[error("cannot apply NRI adjustment: {0}")]
-    Apply(String),
     /// The listening socket could not be opened.
     #[error("NRI socket {path}: {source}")]
     Listen {

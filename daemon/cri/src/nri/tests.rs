@@ -351,7 +351,7 @@ async fn plugins_are_called_in_order_and_see_what_came_before() {
         ["B=own", "A=first", "C=c"]
     );
     let mut spec = json!({"process": {"env": ["A=old", "B=own"]}});
-    apply_adjustment(&mut spec, &created.adjust).unwrap();
+    apply_adjustment(&mut spec, &created.adjust);
     assert_eq!(spec["process"]["env"], json!(["B=own", "C=c", "A=new"]));
     assert_eq!(early.calls()[..2], ["Configure", "Synchronize"]);
     fixture.nri.shutdown().await;
@@ -686,7 +686,7 @@ fn an_adjustment_changes_every_part_of_a_spec() {
         "mounts": [{"destination": "/old"}, {"destination": "/proc"}],
         "linux": {"namespaces": [{"type": "network"}, {"type": "pid"}]},
     });
-    apply_adjustment(&mut spec, &adjust).unwrap();
+    apply_adjustment(&mut spec, &adjust);
     assert_eq!(spec["annotations"], json!({"kept": "y", "new": "1"}));
     let destinations: Vec<&Value> = spec["mounts"]
         .as_array()

@@ -76,6 +76,8 @@ fn pack(dir: &Path, location: &Path) -> Result<()> {
             .tempfile_in(parent)?;
         let mut tar = tar::Builder::new(io::BufWriter::new(partial.as_file_mut()));
         tar.follow_symlinks(false);
+        // A file with holes would be an entry that no restore takes.
+        tar.sparse(false);
         tar.append_dir_all("", dir)?;
         tar.into_inner()?.flush()?;
         partial.as_file().sync_all()?;
@@ -86,8 +88,8 @@ fn pack(dir: &Path, location: &Path) -> Result<()> {
 }
 
 impl Plugin {
-    /// Whether checkpoints can be written here.
-    async fn check_criu(&self) -> Result<()> {
+    /// Whether checkpoints can be written and restored here.
+    pub(super) async fn check_criu(&self) -> Result<()> {
         if !self.config.runtime.enable_criu {
             return Err(Error::unknown(
                 "criu support is disabled by configuration (enable_criu)",
@@ -100,7 +102,7 @@ impl Plugin {
             Ok(Ok(answer)) => answer,
             Ok(Err(e)) if e.kind() == io::ErrorKind::NotFound => {
                 return Err(Error::unknown(
-                    "criu binary not found in PATH; install criu to write checkpoints",
+                    "criu binary not found in PATH; install criu for checkpoints",
                 ));
             }
             Ok(Err(e)) => return Err(Error::unknown(format!("failed to run criu: {e}"))),

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use lighter_engine::runtime::{CreateTask, Handle, Stdio};
 use lighter_proto::any;
@@ -102,15 +102,17 @@ impl Plugin {
             .as_ref()
             .map(|i| i.image.clone())
             .unwrap_or_default();
-        let image = self.images.find(&wanted).ok_or_else(|| {
-            Error::not_found(format!("failed to resolve image {wanted:?}: not found"))
-        })?;
+        let origin = self.origin(&wanted).await?;
         let snapshotter = self.snapshotter_of(&pod.handler);
         let _blocked = self.block_plugins().await;
-        let made = self
-            .build_container(pod, &id, &name, config, &image, &snapshotter)
-            .await;
-        match made {
+        let made = async {
+            let mut config = config;
+            let base = self.base_of(pod, &id, origin, &mut config, &snapshotter);
+            let image = base.await?;
+            self.build_container(pod, &id, &name, config, &image, &snapshotter)
+                .await
+        };
+        match made.await {
             Ok(container) => {
                 self.store.containers.add(Arc::clone(&container));
                 reservation.keep();
@@ -160,30 +162,10 @@ impl Plugin {
         let user = self.user_of(&config, image, &rootfs).await?;
         let handler = self.handler(&pod.handler)?;
         let image_name = image.first_name();
-        let mut spec = container::spec(&container::Input {
-            id,
-            pod_id: &pod.id,
-            pod: &pod.config,
-            pause_pid: pod.state().pid,
-            hostname: &Self::hostname(&pod.config),
-            config: &config,
-            image: &image.process,
-            image_name: &image_name,
-            files: &self.pod_files(&pod.id, &pod.config),
-            runtime: &self.config.runtime,
-            handler,
-            user: &user,
-            machine: self.machine,
-            target_pid: self.target_pid(pod, &config)?,
-            volumes,
-            // Asking a runtime takes a process, and hardly any container wants to know.
-            recursive_readonly: config.mounts.iter().any(|m| m.recursive_read_only)
-                && self
-                    .features_of_handler(&pod.handler)
-                    .await
-                    .recursive_read_only_mounts,
-            base: self.base_spec(&pod.handler),
-        })?;
+        let mut spec = self
+            .container_spec(pod, id, &config, image, &user, volumes)
+            .await?;
+        let labels = self.label_container(pod, id, &config, &mut spec).await?;
         self.inject_devices(&mut spec, cdi_devices(&config)?)
             .await?;
         self.plugins_create(pod, id, &config, image, &mut spec)
@@ -200,6 +182,7 @@ impl Plugin {
                 stop_signal,
                 snapshotter: snapshotter.to_owned(),
                 user: encode_user(&user),
+                labels,
                 config,
             },
             ContainerStatus::created(resources),
@@ -227,6 +210,45 @@ impl Plugin {
         };
         made.update(|s| s.created_at = created_at);
         Ok(made)
+    }
+
+    /// The spec of a container before labels, devices and plugins.
+    async fn container_spec(
+        &self,
+        pod: &Pod,
+        id: &str,
+        config: &ContainerConfig,
+        image: &Image,
+        user: &User,
+        volumes: Vec<Value>,
+    ) -> Result<Value> {
+        // Asking a runtime takes a process, and hardly any container wants to know.
+        let recursive_readonly = config.mounts.iter().any(|m| m.recursive_read_only) && {
+            let features = self.features(&pod.handler, Duration::ZERO).await;
+            features.is_ok_and(|f| f.told.recursive_read_only_mounts)
+        };
+        let spec = container::spec(&container::Input {
+            id,
+            pod_id: &pod.id,
+            pod: &pod.config,
+            pause_pid: pod.state().pid,
+            hostname: &Self::hostname(&pod.config),
+            config,
+            image: &image.process,
+            image_name: &image.first_name(),
+            files: &self.pod_files(&pod.id, &pod.config),
+            runtime: &self.config.runtime,
+            handler: self.handler(&pod.handler)?,
+            user,
+            machine: self.machine,
+            target_pid: self.target_pid(pod, config)?,
+            volumes,
+            recursive_readonly,
+            classes: &self.classes,
+            base: self.base_spec(&pod.handler),
+        })?;
+        self.check_features(&pod.handler, &spec).await?;
+        Ok(spec)
     }
 
     /// A container's directory and writable layer, which is durable when the container's record is:
@@ -380,10 +402,14 @@ impl Plugin {
         let runtime = task_runtime(handler);
         let rootfs = snapshots.mounts(&self.scope, &container.id);
         let (rootfs, stdio) = tokio::join!(rootfs, self.stdio(container, &runtime));
+        let (rootfs, stdio) = (rootfs?, stdio?);
+        let checkpoint = self.prepare_restore(container, &rootfs).await?;
+        let restores = checkpoint.is_some();
         let mut task = CreateTask {
-            rootfs: rootfs?,
-            stdio: stdio?,
+            rootfs: self.labelled(rootfs, &record.spec.value)?,
+            stdio,
             runtime,
+            checkpoint,
             ..CreateTask::of(&record)
         };
         if handler.takes_runc_options()
@@ -412,6 +438,9 @@ impl Plugin {
             s.pid = pid;
             s.started_at = Some(started_at);
         });
+        if restores {
+            self.forget_restore(&container.id).await;
+        }
         Ok(handle)
     }
 

@@ -38,6 +38,11 @@ pub(super) fn warnings(config: &Cri, unified: bool) -> BTreeMap<String, &'static
             !runtime.enable_cdi,
             "enable_cdi is deprecated. CDI will always be on.",
         ),
+        (
+            "cri-create-container-checkpoint-restore",
+            runtime.enable_experimental_restore_via_create,
+            "enable_experimental_restore_via_create is deprecated. containerd 2.4 has it no more.",
+        ),
     ];
     let found = all.into_iter().filter(|(_, used, _)| *used);
     found

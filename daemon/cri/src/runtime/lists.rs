@@ -241,6 +241,7 @@ mod tests {
             stop_signal: 15,
             snapshotter: "overlayfs".into(),
             user: api::ContainerUser::default(),
+            labels: crate::selinux::Labels::default(),
         };
         let container = Container::new(new, ContainerStatus::created(None));
         container.update(|status| {

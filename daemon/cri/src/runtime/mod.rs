@@ -1,5 +1,6 @@
 //! Pods and containers over the engine: one file per group of calls.
 
+mod archive;
 mod backlog;
 mod checkpoint;
 mod containers;
@@ -8,6 +9,7 @@ mod deprecated;
 mod encode;
 mod events;
 mod exec;
+mod features;
 mod files;
 mod info;
 mod labels;
@@ -19,8 +21,10 @@ mod plugins;
 mod pods;
 mod records;
 mod recover;
+mod restore;
 mod rpc;
 mod salvage;
+mod selinux;
 mod service;
 mod signals;
 mod stats;
@@ -32,6 +36,7 @@ mod volumes;
 
 pub(crate) use backlog::Backlog;
 pub use exec::Backend;
+pub(crate) use features::Known as KnownFeatures;
 pub(crate) use output::Outputs;
 pub(crate) use plugins::Hooks;
 pub use service::RuntimeEdge;

@@ -16,9 +16,11 @@ use lighter_store::{Labels, Scope};
 use super::files::on_host;
 use super::records::{New, POD};
 use super::{new_id, task_runtime};
+use crate::config::Handler;
 use crate::error::{Error, Result};
 use crate::image::{Image, MANAGED_LABEL, PINNED_LABEL, pause};
 use crate::plugin::Plugin;
+use crate::selinux::label_mounts;
 use crate::spec::sandbox;
 use crate::store::Pod;
 use crate::turn::Taken;
@@ -141,10 +143,10 @@ impl Plugin {
     async fn build_pod(self: &Arc<Self>, pod: &Arc<Pod>, turn: &Taken<'_>) -> Result<()> {
         turn.at("pause image");
         let snapshotter = self.snapshotter_of(&pod.handler);
-        let image = self.pause_image(&snapshotter).await?;
         let handler = self.handler(&pod.handler)?;
+        let image = self.pause_image(handler, &snapshotter).await?;
         let image_name = image.first_name();
-        let spec = sandbox::spec(&sandbox::Input {
+        let mut spec = sandbox::spec(&sandbox::Input {
             id: &pod.id,
             config: &pod.config,
             image: &image.process,
@@ -157,6 +159,7 @@ impl Plugin {
             handler,
             base: self.base_spec(&pod.handler),
         })?;
+        self.label_pod(pod, handler, &mut spec)?;
         // On record before anything is made, so that a crash leaves nothing unknown.
         turn.at("record");
         let record = self.record(New {
@@ -248,7 +251,9 @@ impl Plugin {
         } else {
             snapshots.prepare(scope, &pod.id, parent, labels).await
         };
-        Ok(made?)
+        let mut mounts = made?;
+        label_mounts(&mut mounts, pod.mount_label());
+        Ok(mounts)
     }
 
     /// Ends a lease; one that is gone is fine.
@@ -260,14 +265,22 @@ impl Plugin {
     }
 
     /// The image of a pod's first process: our own, made and unpacked when it is not there, or the
-    /// one that is configured, pulled when it is not.
-    async fn pause_image(&self, snapshotter: &str) -> Result<Image> {
+    /// one that is configured, pulled when it is not and the handler lets it.
+    async fn pause_image(&self, handler: &Handler, snapshotter: &str) -> Result<Image> {
         let configured = self.config.images.pinned_images.get("sandbox");
         let configured = configured.filter(|name| !name.is_empty() && *name != pause::NAME);
         if let Some(name) = configured {
             if self.unpacked(name, snapshotter).await.is_none() {
-                let pulled = self.images.pull(name, None, snapshotter).await;
-                pulled.map_err(|e| e.context("failed to get sandbox image"))?;
+                let here = self.images.find(name);
+                let made = match (handler.disable_pause_image_pull, here) {
+                    (true, Some(image)) => self.images.unpack(&image, snapshotter).await,
+                    (true, None) => Err(Error::not_found(format!(
+                        "image {name:?}: not found, and disable_pause_image_pull keeps it from \
+                         being pulled: load it, or name no pinned_images.sandbox"
+                    ))),
+                    (false, _) => self.images.pull(name, None, snapshotter).await.map(drop),
+                };
+                made.map_err(|e| e.context("failed to get sandbox image"))?;
             }
             return self.images.find(name).ok_or_else(|| {
                 Error::not_found(format!("failed to get sandbox image {name:?}: not found"))

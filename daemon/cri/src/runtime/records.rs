@@ -162,7 +162,7 @@ impl Plugin {
             "AdditionalIPs": state.additional_ips,
             "RuntimeHandler": pod.handler,
             "CNIResult": state.cni_result,
-            "ProcessLabel": "",
+            "ProcessLabel": pod.process_label(),
         }))
     }
 
@@ -180,7 +180,7 @@ impl Plugin {
             "ImageDigest": digest.map(|(_, digest)| digest).unwrap_or_default(),
             "LogPath": container.log_path,
             "StopSignal": container.stop_signal.to_string(),
-            "ProcessLabel": "",
+            "ProcessLabel": container.labels.process(),
         }))
     }
 

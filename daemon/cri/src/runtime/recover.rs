@@ -176,6 +176,7 @@ impl Plugin {
             text(&value, "RuntimeHandler"),
             netns.map(PathBuf::from),
         ));
+        pod.label(self.selinux.recorded(&text(&value, "ProcessLabel")));
         let others = value["AdditionalIPs"].as_array().into_iter().flatten();
         let others = others.filter_map(|ip| ip.as_str().map(str::to_owned));
         pod.update(|s| {
@@ -266,10 +267,7 @@ impl Plugin {
                 container.update(|s| {
                     // Not one that was stopped meanwhile.
                     if s.state == ContainerState::ContainerUnknown {
-                        s.state = match s.finished_at {
-                            Some(_) => ContainerState::ContainerExited,
-                            None => ContainerState::ContainerRunning,
-                        };
+                        s.state = s.by_times(ContainerState::ContainerRunning);
                     }
                 });
                 self.settle_container(container).await;
@@ -300,6 +298,7 @@ impl Plugin {
                     .unwrap_or(15),
                 snapshotter: record.snapshotter.clone(),
                 user: user_from(&spec),
+                labels: self.selinux.recorded(&text(&value, "ProcessLabel")),
             },
             status,
         ));
@@ -348,11 +347,7 @@ impl Plugin {
         {
             status.resources = Some(resources);
         }
-        if status.finished_at.is_some() {
-            status.state = ContainerState::ContainerExited;
-        } else if status.started_at.is_some() {
-            status.state = ContainerState::ContainerRunning;
-        }
+        status.state = status.by_times(ContainerState::ContainerCreated);
         status
     }
 
@@ -385,10 +380,7 @@ impl Plugin {
                 // Not before its turn is held: one that is CREATED can be started.
                 container.update(|s| {
                     if s.state == ContainerState::ContainerUnknown {
-                        s.state = match s.started_at {
-                            Some(_) => ContainerState::ContainerRunning,
-                            None => ContainerState::ContainerCreated,
-                        };
+                        s.state = s.by_times(ContainerState::ContainerCreated);
                     }
                 });
                 self.settle_container(container).await;
@@ -481,11 +473,8 @@ impl Plugin {
             Vec::new()
         });
         let unknown = |name: &str| is_object_id(name) && !ids.contains(name);
-        let mut snapshotters = HashSet::from([self.config.images.snapshotter.clone()]);
-        let handlers = self.config.runtime.containerd.runtimes.keys();
-        snapshotters.extend(handlers.map(|name| self.snapshotter_of(name)));
         let mut found = Vec::new();
-        for name in snapshotters {
+        for name in self.snapshotters() {
             let Ok(snapshots) = self.db.snapshots(&name) else {
                 continue;
             };

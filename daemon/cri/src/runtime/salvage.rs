@@ -30,6 +30,11 @@ fn annotation(spec: &Value, name: &str) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
+/// The SELinux label that a spec's process runs with; empty for none.
+fn label_of(spec: &Value) -> &str {
+    spec["process"]["selinuxLabel"].as_str().unwrap_or_default()
+}
+
 /// The configuration of a pod as far as its spec tells it; what is unknown is named after the id.
 fn pod_config(id: &str, spec: &Value, netns: Option<&PathBuf>) -> PodSandboxConfig {
     let or_id = |text: String| if text.is_empty() { id.to_owned() } else { text };
@@ -76,6 +81,7 @@ impl Plugin {
         // Its name stays free: whoever runs the pod again must not be held up by this one.
         let pod = Pod::new(id.clone(), id.clone(), config, String::new(), netns);
         let pod = Arc::new(pod);
+        pod.label(self.selinux.recorded(label_of(&spec)));
         pod.update(|s| {
             s.created_at = record.created_at;
             s.visible = true;
@@ -115,6 +121,7 @@ impl Plugin {
                 stop_signal: SIGTERM,
                 snapshotter: record.snapshotter.clone(),
                 user: user_from(&spec),
+                labels: self.selinux.recorded(label_of(&spec)),
             },
             ContainerStatus::created(None),
         ));

@@ -20,6 +20,7 @@ use super::files::blocking;
 use crate::error::{Error, Result, io};
 use crate::image::Image;
 use crate::plugin::Plugin;
+use crate::selinux::label_mounts;
 use crate::spec::mounts::bind;
 use crate::store::Pod;
 use crate::userns;
@@ -203,6 +204,7 @@ impl Plugin {
             made => made?,
         };
         make_volatile(&mut mounts);
+        label_mounts(&mut mounts, pod.mount_label());
         tokio::fs::create_dir_all(&target)
             .await
             .map_err(io("create", &target))?;

@@ -3,16 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use lighter_proto::runtime::v1::{
-    ContainerConfig, LinuxContainerSecurityContext, LinuxSandboxSecurityContext, NamespaceMode,
-    PodSandboxConfig,
+    ContainerConfig, Int64Value, LinuxContainerSecurityContext, LinuxSandboxSecurityContext,
+    NamespaceMode, PodSandboxConfig,
 };
 use serde_json::{Value, json};
 
 use super::apparmor::apparmor;
-use super::devices::Devices;
+use super::classes::{self, Classes};
+use super::devices::{Devices, Owner};
 use super::resources::{self, Machine};
 use super::user::User;
-use super::{capabilities, cgroup_path, classes, mounts, security, set_env};
+use super::{capabilities, cgroup_path, mounts, security, set_env};
 use crate::error::{Error, Result};
 use crate::{config, userns};
 
@@ -91,6 +92,8 @@ pub struct Input<'a> {
     pub volumes: Vec<Value>,
     /// Whether the handler can mount recursively read-only.
     pub recursive_readonly: bool,
+    /// Classes of block I/O, and of caches and memory bandwidth.
+    pub classes: &'a Classes,
     /// What the spec starts from.
     pub base: Value,
 }
@@ -322,10 +325,17 @@ impl Input<'_> {
         if privileged && !self.handler.privileged_without_host_devices {
             devices.add_host()?;
         }
-        let owner = self
-            .runtime
-            .device_ownership_from_security_context
-            .then_some((self.user.uid, self.user.gid));
+        let mut owner = Owner::default();
+        if self.runtime.device_ownership_from_security_context {
+            // As the request has them: what the image says makes no device anybody's.
+            let security = self.security();
+            let named = |id: Option<Int64Value>| {
+                let id = id.and_then(|id| u32::try_from(id.value).ok());
+                id.filter(|id| *id != 0)
+            };
+            owner.uid = named(security.run_as_user);
+            owner.gid = named(security.run_as_group);
+        }
         for device in &self.config.devices {
             devices.add(device, owner)?;
         }
@@ -398,7 +408,7 @@ pub fn spec(input: &Input<'_>) -> Result<Value> {
     Ok(spec)
 }
 
-/// Masked paths, seccomp, AppArmor, SELinux.
+/// Masked paths, seccomp, AppArmor. Labels are put in by whoever holds them.
 #[allow(deprecated, reason = "older kubelets still send the paths")]
 fn confine(
     input: &Input<'_>,
@@ -431,16 +441,6 @@ fn confine(
     let disabled = input.runtime.disable_apparmor;
     if let Some(profile) = apparmor(security.apparmor.as_ref(), security.privileged, disabled)? {
         spec["process"]["apparmorProfile"] = json!(profile);
-    }
-    if input.runtime.enable_selinux
-        && Path::new("/sys/fs/selinux/enforce").exists()
-        && let Some(options) = &security.selinux_options
-    {
-        let label = format!(
-            "{}:{}:{}:{}",
-            options.user, options.role, options.r#type, options.level
-        );
-        spec["process"]["selinuxLabel"] = json!(label);
     }
     Ok(())
 }

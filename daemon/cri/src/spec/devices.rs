@@ -21,6 +21,15 @@ const OWN: [&str; 7] = [
     "/dev/.lxc",
 ];
 
+/// Who devices belong to in the container; `None` leaves the host's.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Owner {
+    /// User.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+}
+
 /// Nodes for `linux.devices`, and rules for `linux.resources.devices`.
 #[derive(Debug, Default)]
 pub struct Devices {
@@ -35,7 +44,7 @@ impl Devices {
     ///
     /// # Errors
     /// For a path that is no device, or permissions other than `rwm`.
-    pub fn add(&mut self, asked: &Device, owner: Option<(u32, u32)>) -> Result<()> {
+    pub fn add(&mut self, asked: &Device, owner: Owner) -> Result<()> {
         let access = &asked.permissions;
         if access.is_empty() || !access.chars().all(|c| "rwm".contains(c)) {
             return Err(Error::invalid(format!(
@@ -73,18 +82,12 @@ impl Devices {
         walk(Path::new("/dev"), Path::new("/dev"), &mut found)?;
         for (host, container) in found {
             // A node that vanished meanwhile is no loss.
-            let _ = self.push(&host, &container, "rwm", None);
+            let _ = self.push(&host, &container, "rwm", Owner::default());
         }
         Ok(())
     }
 
-    fn push(
-        &mut self,
-        host: &Path,
-        container: &Path,
-        access: &str,
-        owner: Option<(u32, u32)>,
-    ) -> Result<()> {
+    fn push(&mut self, host: &Path, container: &Path, access: &str, owner: Owner) -> Result<()> {
         if self.nodes.len() >= MAX_DEVICES {
             return Err(Error::unknown(format!("more than {MAX_DEVICES} devices")));
         }
@@ -98,7 +101,8 @@ impl Devices {
             rustix::fs::major(data.rdev()),
             rustix::fs::minor(data.rdev()),
         );
-        let (uid, gid) = owner.unwrap_or((data.uid(), data.gid()));
+        let uid = owner.uid.unwrap_or_else(|| data.uid());
+        let gid = owner.gid.unwrap_or_else(|| data.gid());
         self.nodes.push(json!({
             "path": container, "type": kind, "major": major, "minor": minor,
             "fileMode": data.mode() & 0o7777, "uid": uid, "gid": gid,
@@ -141,7 +145,16 @@ mod tests {
             container_path: "/dev/void".into(),
             permissions: "rw".into(),
         };
-        devices.add(&asked, Some((7, 8))).unwrap();
+        let owner = Owner {
+            uid: Some(7),
+            gid: None,
+        };
+        devices.add(&asked, owner).unwrap();
+        let host = std::fs::metadata("/dev/null").unwrap();
+        assert_eq!(
+            (&devices.nodes[0]["uid"], &devices.nodes[0]["gid"]),
+            (&json!(7), &json!(host.gid()))
+        );
         assert_eq!(devices.nodes[0]["path"], "/dev/void");
         assert_eq!(
             (&devices.nodes[0]["major"], &devices.nodes[0]["minor"]),
@@ -159,7 +172,7 @@ mod tests {
                 container_path: String::new(),
                 permissions: access.into(),
             };
-            assert!(devices.add(&asked, None).is_err(), "{path}");
+            assert!(devices.add(&asked, Owner::default()).is_err(), "{path}");
         }
     }
 }

@@ -4,8 +4,9 @@
 //! edit them. Spec: OCI runtime-spec, config.md and config-linux.md.
 
 mod apparmor;
+mod blockio;
 pub mod capabilities;
-mod classes;
+pub mod classes;
 pub mod container;
 pub mod devices;
 pub mod mounts;

@@ -279,7 +279,17 @@ impl Plugin {
     }
 
     async fn adjust(&self, spec: &mut Value, adjust: &message::ContainerAdjustment) -> Result<()> {
-        nri::apply_adjustment(spec, adjust).map_err(|e| Error::unknown(render(&e)))?;
+        nri::apply_adjustment(spec, adjust);
+        let resources = adjust.linux.as_ref().and_then(|l| l.resources.as_ref());
+        let class = resources.and_then(|r| r.blockio_class.as_ref());
+        if let Some(class) = class.map(|c| c.value.as_str()).filter(|c| !c.is_empty()) {
+            let limits = self.classes.block_io(class)?.ok_or_else(|| {
+                Error::unknown(format!(
+                    "block I/O class {class:?}: blockio_config_file names no classes"
+                ))
+            })?;
+            spec["linux"]["resources"]["blockIO"] = limits;
+        }
         let names: Vec<String> = adjust.cdi_devices.iter().map(|d| d.name.clone()).collect();
         self.inject_devices(spec, names).await
     }

@@ -1,6 +1,6 @@
 //! The runtime itself: version, conditions, handlers, configuration.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,8 +11,7 @@ use crate::cni::Cni;
 use crate::error::Result;
 use crate::plugin::Plugin;
 use crate::runtime::deprecated;
-use crate::runtime::records::options as runtime_options;
-use crate::runtime::task_runtime;
+use crate::runtime::features::ASK_AGAIN;
 
 pub(in crate::runtime) async fn version(
     this: Arc<Plugin>,
@@ -71,18 +70,19 @@ pub(in crate::runtime) async fn status(
         condition("NetworkReady", network),
         condition("ContainerdHasNoDeprecationWarnings", deprecated),
     ];
-    let default = &this.config.runtime.containerd.default_runtime_name;
-    let names = this.config.runtime.containerd.runtimes.keys();
-    let handler = |(name, features): (&str, &api::RuntimeHandlerFeatures)| api::RuntimeHandler {
-        name: name.to_owned(),
-        features: Some(*features),
-    };
-    let features = this.features.get_or_init(|| this.find_features()).await;
-    let of = |name: &str| features.get(name).copied().unwrap_or_default();
-    let runtime_handlers = std::iter::once(("", of(default)))
-        .chain(names.map(|name| (name.as_str(), of(name))))
-        .map(|(name, features)| handler((name, &features)))
-        .collect();
+    let named = this.config.runtime.containerd.runtimes.keys();
+    let names = std::iter::once("").chain(named.map(String::as_str));
+    // All at once: one that hangs takes as long as it may.
+    let plugin = &this;
+    let known = names.map(|name| async move {
+        // One that does not say offers nothing, until it says.
+        let known = plugin.features(name, ASK_AGAIN).await.unwrap_or_default();
+        api::RuntimeHandler {
+            name: name.to_owned(),
+            features: Some(known.told),
+        }
+    });
+    let runtime_handlers = futures::future::join_all(known).await;
     Ok(api::StatusResponse {
         status: Some(api::RuntimeStatus { conditions }),
         runtime_handlers,
@@ -105,37 +105,6 @@ fn unified() -> bool {
 }
 
 impl Plugin {
-    /// What the runtime of a handler offers; of the default one where none is named.
-    pub(in crate::runtime) async fn features_of_handler(
-        &self,
-        handler: &str,
-    ) -> api::RuntimeHandlerFeatures {
-        let features = self.features.get_or_init(|| self.find_features()).await;
-        let name = match handler {
-            "" => &self.config.runtime.containerd.default_runtime_name,
-            named => named,
-        };
-        features.get(name).copied().unwrap_or_default()
-    }
-
-    /// What each handler's runtime offers, by what its shim says of itself.
-    async fn find_features(&self) -> BTreeMap<String, api::RuntimeHandlerFeatures> {
-        let mut found = BTreeMap::new();
-        for (name, handler) in &self.config.runtime.containerd.runtimes {
-            let options = runtime_options(handler);
-            let runtime = task_runtime(handler);
-            let features = match self.tasks.info(&runtime, options.as_ref()).await {
-                Ok(info) => features_of(info.features.as_ref()),
-                Err(error) => {
-                    tracing::warn!(handler = %name, error = %render(&error), "runtime does not say what it can");
-                    api::RuntimeHandlerFeatures::default()
-                }
-            };
-            found.insert(name.clone(), features);
-        }
-        found
-    }
-
     fn status_info(&self) -> Result<HashMap<String, String>> {
         let loaded = |cni: &Cni| match cni.load_status() {
             Some(error) => render(&*error),
@@ -166,25 +135,6 @@ impl Plugin {
             info.insert(format!("lastCNILoadStatus.{name}"), loaded(own));
         }
         Ok(info)
-    }
-}
-
-/// What CRI asks of the features document of an OCI runtime. Spec: OCI runtime-spec, features.md.
-fn features_of(features: Option<&prost_types::Any>) -> api::RuntimeHandlerFeatures {
-    let parsed: Option<serde_json::Value> =
-        features.and_then(|any| serde_json::from_slice(&any.value).ok());
-    let Some(features) = parsed else {
-        return api::RuntimeHandlerFeatures::default();
-    };
-    let lists = |list: &serde_json::Value, word: &str| {
-        let words = list.as_array().into_iter().flatten();
-        words.filter_map(|w| w.as_str()).any(|w| w == word)
-    };
-    let idmap = &features["linux"]["mountExtensions"]["idmap"]["enabled"];
-    api::RuntimeHandlerFeatures {
-        recursive_read_only_mounts: lists(&features["mountOptions"], "rro"),
-        user_namespaces: lists(&features["linux"]["namespaces"], "user")
-            && idmap.as_bool() == Some(true),
     }
 }
 
