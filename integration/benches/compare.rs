@@ -7,10 +7,11 @@
 //! leaves containerd out, for a profile.
 
 use std::collections::HashMap;
-use std::fs;
 use std::time::{Duration, Instant};
 
-use lighter_integration::{Client, Daemon, Image, Options, Result, Spec, Subject, image};
+use lighter_integration::{
+    Client, Daemon, Image, Options, Result, Spec, Subject, image, parent_of,
+};
 use lighter_proto::any;
 use lighter_proto::containerd::runc::v1::Options as RuncOptions;
 use lighter_proto::containerd::services as svc;
@@ -430,14 +431,7 @@ async fn idle(all: &[Contender]) -> Result {
             let container = c.create(&id, &spec).await?;
             let pid = c.client.create_task(&container, None).await?;
             c.client.start(&id, "").await?;
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-            let parent = stat.rsplit(')').next().unwrap_or_default();
-            let parent = parent
-                .split_whitespace()
-                .nth(1)
-                .unwrap_or_default()
-                .parse()?;
-            shims.entry(c.name).or_default().push(parent);
+            shims.entry(c.name).or_default().push(parent_of(pid)?);
             running.push((c, container));
         }
     }

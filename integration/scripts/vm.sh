@@ -69,7 +69,7 @@ test_program() {
 disk() {
     root=$out/root
     rm -rf "$root"
-    mkdir -p "$root"/{bin,sbin,etc,proc,sys,dev,tmp,run,root,vm,var,usr/bin,usr/sbin,mnt,lib64}
+    mkdir -p "$root"/{bin,sbin,etc,proc,sys,dev,tmp,run,root,vm,var,usr/bin,usr/sbin,usr/lib/cni,mnt,lib64}
     cp /bin/busybox "$root/bin/busybox"
     local applet
     for applet in $(/bin/busybox --list); do

@@ -15,6 +15,9 @@ use crate::{Cli, Client, Result, Subject, eventually, leftovers, subject};
 const GC_WHEN_ASKED: &str = "[plugins.'io.containerd.gc.v1.scheduler']\nstartup_delay = '1h'\n\
                              mutation_threshold = 1000000000\n";
 
+/// Time enough to refer to what shall stay.
+const GC_BY_ITSELF: &str = "[plugins.'io.containerd.gc.v1.scheduler']\nstartup_delay = '3s'\n";
+
 /// The plugin that is off unless asked for: it takes a port and watches directories.
 const CRI: &str = "io.containerd.grpc.v1.cri";
 
@@ -35,6 +38,8 @@ pub struct Options {
     pub path: Option<PathBuf>,
     /// Whether CRI is served.
     pub cri: bool,
+    /// Whether collections run by themselves from three seconds on, as they do outside of tests.
+    pub collects: bool,
     /// Plugins turned off besides CRI.
     pub disabled: Vec<&'static str>,
     /// Variables of the daemon's environment.
@@ -96,12 +101,17 @@ impl Daemon {
         let config = format!(
             "version = 2\n{head}\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = \
              {disabled:?}\n[grpc]\naddress = {sock:?}\n[debug]\nlevel = \
-             {level:?}\n{GC_WHEN_ASKED}\n[plugins.'io.containerd.nri.v1.nri']\nsocket_path = \
+             {level:?}\n{gc}\n[plugins.'io.containerd.nri.v1.nri']\nsocket_path = \
              {nri:?}\n{extra}\n",
             nri = dir.join("nri").join("nri.sock"),
             root = dir.join("root"),
             state = dir.join("state"),
             sock = dir.join("c.sock"),
+            gc = if options.collects {
+                GC_BY_ITSELF
+            } else {
+                GC_WHEN_ASKED
+            },
             head = options.head,
             extra = options.config,
             level = options.log_level.unwrap_or("debug"),

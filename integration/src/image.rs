@@ -1,9 +1,11 @@
 //! Images made on the spot from the machine's static busybox.
 
 use std::io::Write;
+use std::path::Path;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use lighter_proto::containerd::types;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -40,6 +42,30 @@ impl Blob {
     #[must_use]
     pub fn descriptor(&self) -> Value {
         json!({ "mediaType": self.media_type, "digest": self.digest, "size": self.data.len() })
+    }
+
+    /// Its descriptor as requests have it.
+    ///
+    /// # Errors
+    /// For more bytes than a descriptor can say.
+    pub fn to_wire(&self) -> crate::Result<types::Descriptor> {
+        Ok(types::Descriptor {
+            media_type: self.media_type.clone(),
+            digest: self.digest.clone(),
+            size: i64::try_from(self.data.len())?,
+            ..Default::default()
+        })
+    }
+}
+
+/// A mount that shows the directory at `path`.
+#[must_use]
+pub fn bind(path: &Path) -> types::Mount {
+    types::Mount {
+        r#type: "bind".into(),
+        source: path.display().to_string(),
+        options: vec!["rbind".into(), "rw".into()],
+        ..Default::default()
     }
 }
 

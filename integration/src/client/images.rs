@@ -153,6 +153,17 @@ impl Client {
         }
     }
 
+    /// Stores a busybox image and unpacks it for overlayfs: the image, and the name of its top snapshot.
+    ///
+    /// # Errors
+    /// The daemon's status, or that this machine has no busybox.
+    pub async fn busybox(&self) -> Result<(Image, String)> {
+        let image = Image::busybox("docker.io/test/busybox:latest")?;
+        self.store(&image).await?;
+        let top = self.unpack(&image, "overlayfs").await?;
+        Ok((image, top))
+    }
+
     /// Unpacks a stored image layer by layer. Returns the name of its top snapshot.
     ///
     /// # Errors

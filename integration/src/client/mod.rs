@@ -1,6 +1,7 @@
 //! A containerd client of the harness's own: raw services, and the flows every client performs.
 
 mod images;
+mod streams;
 mod tasks;
 
 use std::collections::HashMap;

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use lighter_integration::cri::{Node, newer};
+use lighter_integration::cri::{Node, Settings, newer};
 use lighter_integration::{Image, Layer, Registry, Result, eventually};
 use lighter_proto::runtime::v1 as api;
 use serde_json::{Value, json};
@@ -306,6 +306,36 @@ async fn users_of_images_are_told() -> Result {
         let ids = node.cri.shell(&id, "id -u").await?;
         assert_eq!(ids, "1000\n", "{user}");
     }
+    node.finish().await
+}
+
+#[tokio::test]
+async fn the_filesystems_of_all_handlers_are_told_and_the_default_one_first() -> Result {
+    if newer("an image filesystem for each snapshotter") {
+        return Ok(());
+    }
+    let settings = Settings {
+        config: "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.apart]\n\
+                 runtime_type = \"io.containerd.runc.v2\"\n\
+                 snapshotter = \"native\"\n"
+            .to_owned(),
+        ..Settings::default()
+    };
+    let node = Node::start_with(&settings).await?;
+    let answer = node
+        .cri
+        .images()
+        .image_fs_info(api::ImageFsInfoRequest {})
+        .await?
+        .into_inner();
+    let found: Vec<_> = answer
+        .image_filesystems
+        .into_iter()
+        .map(|filesystem| filesystem.fs_id.unwrap_or_default().mountpoint)
+        .collect();
+    assert_eq!(found.len(), 2, "{found:?}");
+    assert!(found[0].ends_with("overlayfs"), "{found:?}");
+    assert!(found[1].ends_with("native"), "{found:?}");
     node.finish().await
 }
 

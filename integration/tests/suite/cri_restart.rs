@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use lighter_integration::cri::stream::Transport;
-use lighter_integration::cri::{Node, newer};
-use lighter_integration::{Result, eventually};
+use lighter_integration::cri::{Node, Pod, newer};
+use lighter_integration::{Result, eventually, parent_of};
 use lighter_proto::runtime::v1 as api;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -296,6 +296,111 @@ async fn records_that_cannot_be_read_are_shown_and_removed() -> Result {
     assert!(node.network.held().is_empty(), "{:?}", node.network.held());
     // The name is free.
     let (again, _) = node.run_idle("torn").await?;
+    node.cri.end_pod(&again.id).await?;
+    node.finish().await
+}
+
+/// Pid of the shim of a container.
+async fn shim_of(node: &Node, id: &str) -> Result<Pid> {
+    Ok(Pid::from_raw(parent_of(pid_of(node, id).await?)?))
+}
+
+async fn state_of(node: &Node, id: &str) -> Result<api::ContainerState> {
+    Ok(node.cri.status(id).await?.state())
+}
+
+/// As [`eventually`], for what is looked after at least twice a minute.
+async fn patiently<F>(what: &str, mut condition: F) -> Result
+where
+    F: AsyncFnMut() -> Result<Option<()>>,
+{
+    let mut found = Err(anyhow::anyhow!("not looked yet"));
+    for _ in 0..3 {
+        found = eventually(what, async || condition().await).await;
+        if found.is_ok() {
+            break;
+        }
+    }
+    found
+}
+
+/// Two pods, the daemon started anew while the shim of the first stands still.
+async fn with_a_hanging_shim() -> Result<(Node, [(Pod, String); 2], Pid)> {
+    let mut node = Node::start().await?;
+    let hung = node.run_idle("hung").await?;
+    let well = node.run_idle("well").await?;
+    let shim = shim_of(&node, &hung.1).await?;
+    kill(shim, Signal::SIGSTOP)?;
+    node.daemon.kill()?;
+    // Answers while nobody knows what became of the container.
+    node.boot().await?;
+    assert_eq!(
+        state_of(&node, &hung.1).await?,
+        api::ContainerState::ContainerUnknown
+    );
+    assert_eq!(
+        node.cri.pod_state(&hung.0.id).await?,
+        api::PodSandboxState::SandboxNotready
+    );
+    assert_eq!(
+        state_of(&node, &well.1).await?,
+        api::ContainerState::ContainerRunning
+    );
+    assert_eq!(node.cri.shell(&well.1, "echo well").await?, "well\n");
+    assert_eq!(node.cri.containers(None).await?.len(), 2);
+    // Others come and go beside it.
+    let (other, _) = node.run_idle("other").await?;
+    node.cri.end_pod(&other.id).await?;
+    Ok((node, [hung, well], shim))
+}
+
+#[tokio::test]
+async fn a_shim_that_hangs_holds_up_nobody_else_and_is_found_again() -> Result {
+    if newer("shims that hang are asked again") {
+        return Ok(());
+    }
+    let (node, [(pod, id), _], shim) = with_a_hanging_shim().await?;
+    // Its caller is answered in time, and told that it is not stopped.
+    let mut request = tonic::Request::new(api::StopContainerRequest {
+        container_id: id.clone(),
+        timeout: 1,
+    });
+    request.set_timeout(Duration::from_secs(5));
+    let stop = async { node.cri.runtime().stop_container(request).await };
+    let stopped = tokio::time::timeout(Duration::from_secs(60), stop).await?;
+    let refused = stopped.unwrap_err();
+    assert!(!refused.message().is_empty());
+    kill(shim, Signal::SIGCONT)?;
+    // It is asked more and more seldom.
+    patiently("the container is found", async || {
+        let runs = state_of(&node, &id).await? == api::ContainerState::ContainerRunning;
+        let ready = node.cri.pod_state(&pod.id).await? == api::PodSandboxState::SandboxReady;
+        Ok((runs && ready).then_some(()))
+    })
+    .await?;
+    assert_eq!(node.cri.shell(&id, "echo back").await?, "back\n");
+    node.cri.stop(&id, 10).await?;
+    assert_eq!(node.cri.status(&id).await?.exit_code, 0);
+    node.finish().await
+}
+
+#[tokio::test]
+async fn what_a_shim_that_hung_and_died_leaves_can_be_removed() -> Result {
+    if newer("shims that hang are asked again") {
+        return Ok(());
+    }
+    let (node, [(pod, id), _], shim) = with_a_hanging_shim().await?;
+    kill(shim, Signal::SIGKILL)?;
+    patiently("the container can be removed", async || {
+        Ok(node.cri.remove(&id).await.ok())
+    })
+    .await?;
+    patiently("the pod can be removed", async || {
+        Ok(node.cri.end_pod(&pod.id).await.ok())
+    })
+    .await?;
+    // The names are free.
+    let (again, _) = node.run_idle("hung").await?;
     node.cri.end_pod(&again.id).await?;
     node.finish().await
 }

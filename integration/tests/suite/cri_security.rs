@@ -356,3 +356,126 @@ async fn a_volumes_path_stays_in_the_image() -> Result {
     assert_eq!(fs::read_to_string(secret.join("file"))?, "secret");
     node.finish().await
 }
+
+/// GHSA-c72p-9xmj-rx3w, GHSA-cm76-qm8v-3j95: links of a layer led the unpacking out of the root, where
+/// it changed modes and wrote.
+#[tokio::test]
+async fn layers_change_nothing_outside_their_root() -> Result {
+    use tar::EntryType::{Directory, Link, Regular, Symlink};
+    let node = Node::start().await?;
+    let host = node.daemon.dir().join("host");
+    fs::create_dir(&host)?;
+    fs::write(host.join("secret"), "secret")?;
+    fs::set_permissions(&host, fs::Permissions::from_mode(0o700))?;
+    fs::set_permissions(host.join("secret"), fs::Permissions::from_mode(0o600))?;
+    let target = host.display().to_string();
+    let up = format!("../../../../../../../..{target}");
+    let secret = format!("{target}/secret");
+    let (target, up, secret) = (target.as_str(), up.as_str(), secret.as_str());
+    type Entry<'a> = (&'a str, tar::EntryType, u32, Option<&'a str>);
+    let layers: [(&str, Vec<Entry<'_>>); 6] = [
+        (
+            "a directory in place of a link",
+            vec![
+                ("out", Symlink, 0o777, Some(target)),
+                ("out", Directory, 0o777, None),
+            ],
+        ),
+        (
+            "a file behind a link",
+            vec![
+                ("out", Symlink, 0o777, Some(target)),
+                ("out/planted", Regular, 0o777, None),
+                ("out/secret", Regular, 0o777, None),
+            ],
+        ),
+        (
+            "a file behind a link that climbs",
+            vec![
+                ("out", Symlink, 0o777, Some(up)),
+                ("out/planted", Regular, 0o4777, None),
+            ],
+        ),
+        (
+            "a hard link to a link",
+            vec![
+                ("out", Symlink, 0o777, Some(secret)),
+                ("hard", Link, 0o777, Some("out")),
+                ("hard", Regular, 0o777, None),
+            ],
+        ),
+        (
+            "a hard link to what is outside",
+            vec![("hard", Link, 0o777, Some(secret))],
+        ),
+        (
+            "a whiteout behind a link",
+            vec![
+                ("out", Symlink, 0o777, Some(target)),
+                ("out/.wh.secret", Regular, 0o777, None),
+                ("out/.wh..wh..opq", Regular, 0o777, None),
+            ],
+        ),
+    ];
+    let client = node.client().await?;
+    for (n, (what, entries)) in layers.into_iter().enumerate() {
+        let mut one = tar::Builder::new(Vec::new());
+        for (path, kind, mode, link) in &entries {
+            lighter_integration::image::append(&mut one, path, *kind, *mode, b"", *link)?;
+        }
+        let hostile = Layer::gzip(&one.into_inner()?)?;
+        let mut layers = vec![node.image.layers[0].clone(), hostile];
+        if let Some((path, kind, mode, link)) = entries.get(1) {
+            // The same across two layers: the link below, what goes through it above.
+            let mut above = tar::Builder::new(Vec::new());
+            lighter_integration::image::append(&mut above, path, *kind, *mode, b"", *link)?;
+            layers.push(Layer::gzip(&above.into_inner()?)?);
+        }
+        let image = Image::new(&format!("docker.io/test/link{n}:1"), layers)?;
+        client.store(&image).await?;
+        // Whether it is taken or refused: the host's files are none of its own.
+        let _ = client.unpack(&image, "overlayfs").await;
+        let mode =
+            |path: &Path| -> Result<u32> { Ok(fs::metadata(path)?.permissions().mode() & 0o7777) };
+        assert_eq!(mode(&host)?, 0o700, "{what}");
+        assert_eq!(mode(&host.join("secret"))?, 0o600, "{what}");
+        assert_eq!(fs::read_to_string(host.join("secret"))?, "secret", "{what}");
+        assert_eq!(fs::read_dir(&host)?.count(), 1, "{what}");
+        use std::os::unix::fs::MetadataExt as _;
+        assert_eq!(fs::metadata(host.join("secret"))?.nlink(), 1, "{what}");
+    }
+    node.finish().await
+}
+
+/// GHSA-jpcc-p29g-p8mq: an image's table of groups was read whole, however large.
+#[tokio::test]
+async fn tables_of_accounts_are_read_with_a_bound() -> Result {
+    if newer("bounds of an image's accounts") {
+        return Ok(());
+    }
+    let node = Node::start().await?;
+    let pod = node.run_pod("accounts").await?;
+    // A few kilobytes in the registry, one line of memory here.
+    let line = [b"dock:x:2000:".to_vec(), vec![b'a'; 48 << 20]].concat();
+    let layers = vec![Layer::busybox()?, Layer::files(&[("etc/group", &line)])?];
+    drop(line);
+    let image = Image::new("docker.io/test/crowd:1", layers)?;
+    node.store(&image).await?;
+    let before = private_kb(&node)?;
+    for n in 0..3 {
+        let mut config = node.idle(&format!("main{n}"));
+        config.image = Some(api::ImageSpec {
+            image: image.name.clone(),
+            ..Default::default()
+        });
+        let linux = config.linux.get_or_insert_default();
+        let security = linux.security_context.get_or_insert_default();
+        security.run_as_username = "sailor".into();
+        // Refused, or without the groups of a table that is no table.
+        let _ = node.cri.create(&pod, &config).await;
+    }
+    let grown = private_kb(&node)?.saturating_sub(before);
+    assert!(grown < 32 << 10, "{grown} KiB more");
+    assert_eq!(node.cri.pods(None).await?.len(), 1, "it serves");
+    node.finish().await
+}

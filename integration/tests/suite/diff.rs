@@ -1,30 +1,9 @@
 //! The diff service: stream processors of the configuration, and layers that come out the same twice.
 
-use std::path::Path;
-
-use lighter_integration::{Blob, Client, Daemon, Image, Layer, Options, Result, Subject};
+use lighter_integration::{Blob, Client, Daemon, Image, Layer, Options, Result, Subject, bind};
 use lighter_proto::containerd::services::content::v1 as content;
 use lighter_proto::containerd::services::diff::v1 as api;
-use lighter_proto::containerd::types;
 use tonic::Code;
-
-fn bind(path: &Path) -> types::Mount {
-    types::Mount {
-        r#type: "bind".into(),
-        source: path.display().to_string(),
-        options: vec!["rbind".into(), "rw".into()],
-        ..Default::default()
-    }
-}
-
-fn descriptor(blob: &Blob) -> Result<types::Descriptor> {
-    Ok(types::Descriptor {
-        media_type: blob.media_type.clone(),
-        digest: blob.digest.clone(),
-        size: i64::try_from(blob.data.len())?,
-        ..Default::default()
-    })
-}
 
 async fn put(client: &Client, blob: &Blob) -> Result {
     let labels = [("containerd.io/gc.root".to_owned(), "test".to_owned())].into();
@@ -59,7 +38,7 @@ async fn stream_processors_come_before_the_layer_is_read() -> Result {
         let blob = Blob::new(media_type, plus.clone());
         put(&client, &blob).await?;
         let request = api::ApplyRequest {
-            diff: Some(descriptor(&blob)?),
+            diff: Some(blob.to_wire()?),
             mounts: vec![bind(target.path())],
             ..Default::default()
         };
@@ -149,7 +128,7 @@ async fn an_applied_layer_may_be_synced() -> Result {
     put(&client, &image.layers[0].blob).await?;
     let target = tempfile::tempdir()?;
     let request = api::ApplyRequest {
-        diff: Some(descriptor(&image.layers[0].blob)?),
+        diff: Some(image.layers[0].blob.to_wire()?),
         mounts: vec![bind(target.path())],
         sync_fs: true,
         ..Default::default()

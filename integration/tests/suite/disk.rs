@@ -19,9 +19,7 @@ async fn every_object_says_what_keeps_it() -> Result {
         return Ok(());
     };
     let (client, ctr) = (daemon.client().await?, daemon.our_ctr());
-    let image = Image::busybox("docker.io/test/busybox:latest")?;
-    client.store(&image).await?;
-    let top = client.unpack(&image, "overlayfs").await?;
+    let (image, top) = client.busybox().await?;
     let spec = Spec::new(daemon.namespace(), "c", &["true"]);
     let container = client.create("c", &top, &spec).await?;
     let layer = &image.layers[0].blob.digest;

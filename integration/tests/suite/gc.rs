@@ -5,16 +5,13 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use lighter_integration::{Client, Daemon, Image, Result, Spec, Subject, eventually};
-use lighter_proto::any;
 use lighter_proto::containerd::services as svc;
 use lighter_proto::containerd::types::Mount;
 use lighter_proto::time::to_timestamp;
 use prost_types::Any;
 use svc::leases::v1 as leases;
 use svc::snapshots::v1 as snapshots;
-use svc::streaming::v1::StreamInit;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 async fn lease(client: &Client, id: &str) -> Result {
@@ -49,13 +46,7 @@ fn is_taken(opened: Result<Stream, Status>) -> bool {
 }
 
 async fn open(client: &Client, id: &str) -> Result<Stream, Status> {
-    let (requests, outgoing) = mpsc::channel(4);
-    let init = any::pack(&StreamInit { id: id.to_owned() });
-    requests.send(init).await.expect("there is room");
-    let outgoing = ReceiverStream::new(outgoing);
-    let mut answers = client.streaming().stream(outgoing).await?.into_inner();
-    let ready = answers.message().await?.expect("an answer to the init");
-    assert!(any::is(&ready, "google.protobuf.Empty"), "{ready:?}");
+    let (requests, answers) = client.open_stream(id).await?;
     Ok(Stream {
         _requests: requests,
         answers,
@@ -127,9 +118,7 @@ async fn a_mount_activation_goes_with_what_keeps_it() -> Result {
     if !client.is_recent().await? {
         return daemon.finish().await;
     }
-    let image = Image::busybox("docker.io/test/busybox:latest")?;
-    client.store(&image).await?;
-    let top = client.unpack(&image, "overlayfs").await?;
+    let (_, top) = client.busybox().await?;
     let spec = Spec::new(daemon.namespace(), "keeper", &["true"]);
     let container = client.create("keeper", &top, &spec).await?;
     lease(&client, "l").await?;

@@ -3,7 +3,9 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use lighter_integration::{Client, Container, Daemon, Result, Spec, Subject, eventually};
+use lighter_integration::{
+    Client, Container, Daemon, Result, Spec, Subject, eventually, parent_of,
+};
 use lighter_proto::containerd::services::tasks::v1 as svc;
 use lighter_proto::containerd::v1::types::Status;
 use serde_json::json;
@@ -40,17 +42,6 @@ async fn start(
     let pid = client.tasks().create(request).await?.into_inner().pid;
     client.start(id, "").await?;
     Ok((container, pid))
-}
-
-/// The process that holds the container.
-fn shim_of(pid: u32) -> Result<u32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let after = stat.rsplit(')').next().unwrap_or_default();
-    Ok(after
-        .split_whitespace()
-        .nth(1)
-        .unwrap_or_default()
-        .parse()?)
 }
 
 fn resident_kib(pid: u32) -> Result<u64> {
@@ -111,7 +102,7 @@ async fn beside_a_neighbour(
         }),
     );
     let (hostile, pid) = start(client, top, "hostile", &spec, out).await?;
-    let shim = shim_of(pid)?;
+    let shim = u32::try_from(parent_of(pid)?)?;
     let small = resident_kib(shim)?;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let beside = exec_latency(client, "quiet", &quiet, "during").await?;

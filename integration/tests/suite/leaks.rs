@@ -6,7 +6,8 @@
 use std::fs;
 use std::time::Duration;
 
-use lighter_integration::{Client, Daemon, Result, Spec, Subject, eventually};
+use lighter_integration::{Client, Daemon, Options, Result, Spec, Subject, eventually};
+use lighter_proto::containerd::services::leases::v1 as leases;
 
 use crate::run::ready;
 
@@ -122,7 +123,20 @@ async fn containers_that_come_and_go_leave_nothing() -> Result {
         return Ok(());
     }
     let (rounds, containers) = (setting("LEAK_ROUNDS", 4), setting("LEAK_CONTAINERS", 40));
-    let (daemon, client, _, top) = ready().await?;
+    let collecting = Options {
+        collects: true,
+        ..Options::default()
+    };
+    let daemon = Daemon::start_with(Subject::of_run(), &collecting).await?;
+    let client = daemon.client().await?;
+    // Without it a snapshot could go before its container is there.
+    let lease = leases::CreateRequest {
+        id: "lives".to_owned(),
+        ..leases::CreateRequest::default()
+    };
+    client.leases().create(lease).await?;
+    let client = client.under_lease("lives");
+    let (_, top) = client.busybox().await?;
     // Caches, pools and the allocator's arenas fill once.
     let filling = FILLED_BY.div_ceil(containers).min(rounds);
     for n in 0..filling {

@@ -2,23 +2,19 @@
 //! or under way, and the same can be asked for again at once.
 
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::Duration;
 
-use lighter_integration::{Blob, Client, Daemon, Image, Layer, Result, Subject, eventually};
+use lighter_integration::{Client, Daemon, Image, Layer, Result, Subject, bind, eventually};
 use lighter_proto::any;
 use lighter_proto::containerd::services::content::v1 as content;
 use lighter_proto::containerd::services::diff::v1 as diff;
 use lighter_proto::containerd::services::leases::v1 as leases;
 use lighter_proto::containerd::services::snapshots::v1 as snapshots;
-use lighter_proto::containerd::services::streaming::v1::StreamInit;
 use lighter_proto::containerd::services::transfer::v1::TransferRequest;
 use lighter_proto::containerd::types;
 use lighter_proto::containerd::types::transfer as wire;
 use prost_types::Any;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status, Streaming};
+use tonic::Code;
 
 use crate::observed::get;
 
@@ -59,6 +55,14 @@ async fn settled(daemon: &Daemon, client: &Client, method: &str) -> Result {
     .await
 }
 
+/// Waits until nothing is mounted but what was `before`.
+async fn unmounted(daemon: &Daemon, before: usize) -> Result {
+    eventually("nothing is mounted any more", async || {
+        Ok((daemon.mounts() == before).then_some(()))
+    })
+    .await
+}
+
 async fn ingests(client: &Client) -> Result<Vec<content::Status>> {
     let all = content::ListStatusesRequest { filters: vec![] };
     Ok(client
@@ -89,24 +93,6 @@ async fn remove(client: &Client, key: &str) -> Result {
     Ok(())
 }
 
-fn descriptor(blob: &Blob) -> Result<types::Descriptor> {
-    Ok(types::Descriptor {
-        media_type: blob.media_type.clone(),
-        digest: blob.digest.clone(),
-        size: i64::try_from(blob.data.len())?,
-        ..Default::default()
-    })
-}
-
-fn bind(path: &Path) -> types::Mount {
-    types::Mount {
-        r#type: "bind".into(),
-        source: path.display().to_string(),
-        options: vec!["rbind".into(), "rw".into()],
-        ..Default::default()
-    }
-}
-
 #[tokio::test]
 async fn in_the_middle_of_an_apply() -> Result {
     let daemon = Daemon::start().await?;
@@ -122,7 +108,7 @@ async fn in_the_middle_of_an_apply() -> Result {
         let leaver = daemon.client().await?;
         let key = format!("apply-{round}");
         let request = diff::ApplyRequest {
-            diff: Some(descriptor(&layer.blob)?),
+            diff: Some(layer.blob.to_wire()?),
             mounts: prepare(&client, &key).await?,
             ..Default::default()
         };
@@ -130,14 +116,11 @@ async fn in_the_middle_of_an_apply() -> Result {
         let _left = tokio::time::timeout(moment, differ.apply(request)).await;
         drop((differ, leaver));
         settled(&daemon, &client, "Diff/Apply").await?;
-        eventually("nothing is mounted any more", async || {
-            Ok((daemon.mounts() == mounted).then_some(()))
-        })
-        .await?;
+        unmounted(&daemon, mounted).await?;
         remove(&client, &key).await?;
     }
     let request = diff::ApplyRequest {
-        diff: Some(descriptor(&layer.blob)?),
+        diff: Some(layer.blob.to_wire()?),
         mounts: prepare(&client, "again").await?,
         ..Default::default()
     };
@@ -166,10 +149,7 @@ async fn in_the_middle_of_a_diff() -> Result {
         let _left = tokio::time::timeout(moment, differ.diff(request.clone())).await;
         drop((differ, leaver));
         settled(&daemon, &client, "Diff/Diff").await?;
-        eventually("nothing is mounted any more", async || {
-            Ok((daemon.mounts() == mounted).then_some(()))
-        })
-        .await?;
+        unmounted(&daemon, mounted).await?;
         if daemon.subject() == Subject::Lighter {
             eventually("no ingest is left", async || {
                 Ok(ingests(&client).await?.is_empty().then_some(()))
@@ -190,15 +170,12 @@ async fn in_the_middle_of_a_diff() -> Result {
     daemon.finish().await
 }
 
-/// Opens a stream for a transfer; where to send, and what comes.
-async fn open(client: &Client, id: &str) -> Result<(mpsc::Sender<Any>, Streaming<Any>), Status> {
-    let (requests, outgoing) = mpsc::channel(64);
-    let init = any::pack(&StreamInit { id: id.to_owned() });
-    requests.send(init).await.expect("there is room");
-    let outgoing = ReceiverStream::new(outgoing);
-    let mut answers = client.streaming().stream(outgoing).await?.into_inner();
-    answers.message().await?;
-    Ok((requests, answers))
+/// An image of the daemon's own, as one end of a transfer.
+fn store(name: &str) -> Any {
+    any::pack(&wire::ImageStore {
+        name: name.to_owned(),
+        ..Default::default()
+    })
 }
 
 fn ask(source: Any, destination: Any) -> TransferRequest {
@@ -221,15 +198,12 @@ async fn in_the_middle_of_an_import() -> Result {
     for (round, whole_connection) in [true, false].into_iter().enumerate() {
         let leaver = daemon.client().await?;
         let id = format!("import-{round}");
-        let (data, window) = open(&leaver, &id).await?;
+        let (data, window) = leaver.open_stream(&id).await?;
         let source = any::pack(&wire::ImageImportStream {
             stream: id,
             ..Default::default()
         });
-        let store = any::pack(&wire::ImageStore {
-            name: image.name.clone(),
-            ..Default::default()
-        });
+        let store = store(&image.name);
         let mut transfers = leaver.transfer();
         let call = tokio::spawn(async move { transfers.transfer(ask(source, store)).await });
         let half = archive[..archive.len() / 2].chunks(32 << 10).take(2);
@@ -274,11 +248,8 @@ async fn in_the_middle_of_an_export() -> Result {
     for (round, abort) in [true, false].into_iter().enumerate() {
         let leaver = daemon.client().await?;
         let id = format!("export-{round}");
-        let (grants, mut data) = open(&leaver, &id).await?;
-        let source = any::pack(&wire::ImageStore {
-            name: image.name.clone(),
-            ..Default::default()
-        });
+        let (grants, mut data) = leaver.open_stream(&id).await?;
+        let source = store(&image.name);
         let destination = any::pack(&wire::ImageExportStream {
             stream: id,
             ..Default::default()
@@ -311,12 +282,15 @@ async fn with_a_stream_that_nobody_took() -> Result {
     if !client.is_recent().await? {
         return daemon.finish().await;
     }
-    let (held, answers) = open(&client, "mine").await?;
-    let taken = open(&client, "mine").await.expect_err("the id is taken");
+    let (held, answers) = client.open_stream("mine").await?;
+    let taken = client
+        .open_stream("mine")
+        .await
+        .expect_err("the id is taken");
     assert_eq!(taken.code(), Code::AlreadyExists, "{taken}");
     drop((held, answers));
     eventually("the id is free again", async || {
-        Ok(open(&client, "mine").await.ok())
+        Ok(client.open_stream("mine").await.ok())
     })
     .await?;
     settled(&daemon, &client, "Streaming/Stream").await?;
@@ -324,10 +298,7 @@ async fn with_a_stream_that_nobody_took() -> Result {
         stream: "mine".to_owned(),
         ..Default::default()
     });
-    let store = any::pack(&wire::ImageStore {
-        name: "x".to_owned(),
-        ..Default::default()
-    });
+    let store = store("x");
     let gone = client.transfer().transfer(ask(source, store)).await;
     assert_eq!(gone.expect_err("it is closed").code(), Code::NotFound);
     daemon.finish().await

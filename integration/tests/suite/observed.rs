@@ -3,7 +3,7 @@
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 
-use lighter_integration::{Daemon, Image, Options, Result, Spec, Subject, eventually};
+use lighter_integration::{Daemon, Options, Result, Spec, Subject, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -41,9 +41,7 @@ async fn running_tasks_and_requests_are_measured() -> Result {
     };
     let daemon = Daemon::start_with(Subject::of_run(), &options).await?;
     let client = daemon.client().await?;
-    let image = Image::busybox("docker.io/test/busybox:latest")?;
-    client.store(&image).await?;
-    let top = client.unpack(&image, "overlayfs").await?;
+    let (_, top) = client.busybox().await?;
     let spec = Spec::new(daemon.namespace(), "sleeper", &["sleep", "1000"]);
     let container = client.create("sleeper", &top, &spec).await?;
     client.create_task(&container, None).await?;

@@ -2,7 +2,9 @@
 
 use std::fs;
 
-use lighter_integration::{Client, Container, Daemon, Result, Spec, Subject, eventually};
+use lighter_integration::{
+    Client, Container, Daemon, Result, Spec, Subject, eventually, parent_of,
+};
 use lighter_proto::containerd::v1::types::Status;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -20,16 +22,6 @@ async fn start(client: &Client, daemon: &Daemon, top: &str, id: &str) -> Result<
     let pid = client.create_task(&container, None).await?;
     client.start(id, "").await?;
     Ok((container, pid))
-}
-
-fn parent_of(pid: u32) -> Result<i32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let after = stat.rsplit(')').next().unwrap_or_default();
-    Ok(after
-        .split_whitespace()
-        .nth(1)
-        .unwrap_or_default()
-        .parse()?)
 }
 
 #[tokio::test]

@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use lighter_integration::{
-    Client, Container, Daemon, Image, Options, Result, Spec, Subject, eventually,
-};
+use lighter_integration::{Client, Container, Daemon, Options, Result, Spec, Subject, eventually};
 use lighter_proto::containerd::services::containers::v1 as api;
 use lighter_proto::containerd::v1::types::Status;
 use prost_types::FieldMask;
@@ -23,9 +21,7 @@ async fn ready() -> Result<(Daemon, Client, String)> {
     };
     let daemon = Daemon::start_with(Subject::of_run(), &options).await?;
     let client = daemon.client().await?;
-    let image = Image::busybox("docker.io/test/busybox:latest")?;
-    client.store(&image).await?;
-    let top = client.unpack(&image, "overlayfs").await?;
+    let (_, top) = client.busybox().await?;
     Ok((daemon, client, top))
 }
 

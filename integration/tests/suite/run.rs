@@ -6,9 +6,7 @@ use lighter_integration::{Daemon, Image, Result, Spec};
 pub(crate) async fn ready() -> Result<(Daemon, lighter_integration::Client, Image, String)> {
     let daemon = Daemon::start().await?;
     let client = daemon.client().await?;
-    let image = Image::busybox("docker.io/test/busybox:latest")?;
-    client.store(&image).await?;
-    let top = client.unpack(&image, "overlayfs").await?;
+    let (image, top) = client.busybox().await?;
     Ok((daemon, client, image, top))
 }
 

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use lighter_integration::{Client, Daemon, Image, Options, Result, Spec, Subject, eventually};
+use lighter_integration::{Client, Daemon, Options, Result, Spec, Subject, eventually};
 use lighter_proto::any;
 use lighter_proto::containerd::events::SandboxExit;
 use lighter_proto::containerd::services::sandbox::v1 as api;
@@ -122,9 +122,7 @@ async fn task_inside(
     client: &Client,
     started: &api::ControllerStartResponse,
 ) -> Result {
-    let image = Image::busybox("docker.io/test/busybox:latest")?;
-    client.store(&image).await?;
-    let top = client.unpack(&image, "overlayfs").await?;
+    let (_, top) = client.busybox().await?;
     let spec = Spec::new(daemon.namespace(), "inside", &["true"]);
     let container = client
         .create_on("inside", &top, &spec, "overlayfs", &shim(), None)

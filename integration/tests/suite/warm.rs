@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use lighter_integration::{
-    Client, Container, Daemon, Image, Options, Result, Spec, Subject, built, eventually,
+    Client, Container, Daemon, Options, Result, Spec, Subject, built, eventually, parent_of,
 };
 
 use crate::run::ready;
@@ -16,17 +16,6 @@ async fn start(daemon: &Daemon, client: &Client, top: &str, id: &str) -> Result<
     let pid = client.create_task(&container, None).await?;
     client.start(id, "").await?;
     Ok((container, pid))
-}
-
-/// Parent process, which is the shim.
-fn parent_of(pid: impl std::fmt::Display) -> Result<i32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let after = stat.rsplit(')').next().unwrap_or_default();
-    Ok(after
-        .split_whitespace()
-        .nth(1)
-        .unwrap_or_default()
-        .parse()?)
 }
 
 /// Waits until shims are ready; their pids.
@@ -77,9 +66,7 @@ async fn a_new_binary_is_used_for_the_next_container() -> Result {
     };
     let daemon = Daemon::start_with(Subject::Lighter, &options).await?;
     let client = daemon.client().await?;
-    let image = Image::busybox("docker.io/test/busybox:latest")?;
-    client.store(&image).await?;
-    let top = client.unpack(&image, "overlayfs").await?;
+    let (_, top) = client.busybox().await?;
     let shim = bin.path().join("containerd-shim-lighter-v2");
     let inode = |path: &Path| -> Result<u64> { Ok(fs::metadata(path)?.ino()) };
     let exe = |pid: i32| inode(Path::new(&format!("/proc/{pid}/exe")));
@@ -137,9 +124,7 @@ async fn without_warm_shims_each_is_started_when_it_is_needed() -> Result {
     };
     let daemon = Daemon::start_with(Subject::Lighter, &options).await?;
     let client = daemon.client().await?;
-    let image = Image::busybox("docker.io/test/busybox:latest")?;
-    client.store(&image).await?;
-    let top = client.unpack(&image, "overlayfs").await?;
+    let (_, top) = client.busybox().await?;
     let (container, _) = start(&daemon, &client, &top, "cold").await?;
     assert!(daemon.warm_shims().is_empty());
     client.destroy(&container).await?;

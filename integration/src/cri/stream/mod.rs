@@ -2,6 +2,7 @@
 
 mod forward;
 mod http;
+mod inbound;
 mod session;
 mod spdy;
 mod websocket;

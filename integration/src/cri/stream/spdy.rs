@@ -6,12 +6,13 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::tcp::OwnedWriteHalf;
 use tokio::sync::Mutex;
 
 use crate::Result;
 use crate::cri::stream::http::{Answer, upgrade};
+use crate::cri::stream::inbound::Inbound;
 
 /// RFC 1950: deflate with a 32 KiB window and a preset dictionary.
 const STREAM_HEAD: [u8; 2] = [0x78, 0xbb];
@@ -40,10 +41,8 @@ struct Writer {
 /// The reading half.
 #[derive(Debug)]
 pub struct Reader {
-    stream: BufReader<OwnedReadHalf>,
+    inbound: Inbound,
     answer: Spdy,
-    /// What the head's reader had read beyond it.
-    early: Vec<u8>,
 }
 
 /// What arrived.
@@ -97,9 +96,8 @@ impl Spdy {
             })),
         };
         let reader = Reader {
-            stream: BufReader::with_capacity(128 << 10, read),
+            inbound: Inbound::new(read, early),
             answer: spdy.clone(),
-            early,
         };
         Ok((spdy, reader))
     }
@@ -194,14 +192,6 @@ fn with_flags(flags: u8, length: usize) -> Result<[u8; 4]> {
 }
 
 impl Reader {
-    async fn fill(&mut self, buffer: &mut [u8]) -> std::io::Result<()> {
-        let take = buffer.len().min(self.early.len());
-        let rest = self.early.split_off(take);
-        buffer[..take].copy_from_slice(&self.early);
-        self.early = rest;
-        self.stream.read_exact(&mut buffer[take..]).await.map(drop)
-    }
-
     /// The next frame; `None` at the connection's end.
     ///
     /// # Errors
@@ -209,13 +199,16 @@ impl Reader {
     pub async fn next(&mut self) -> Result<Option<Frame>> {
         loop {
             let mut head = [0; 8];
-            if self.fill(&mut head).await.is_err() {
+            if self.inbound.fill(&mut head).await.is_err() {
                 return Ok(None);
             }
             let [a, b, c, d, flags, e, f, g] = head;
             let length = usize::try_from(u32::from_be_bytes([0, e, f, g]))?;
             let mut body = vec![0; length];
-            self.fill(&mut body).await.context("a frame is cut short")?;
+            self.inbound
+                .fill(&mut body)
+                .await
+                .context("a frame is cut short")?;
             if a & 0x80 == 0 {
                 return Ok(Some(Frame::Data {
                     id: u32::from_be_bytes([a, b, c, d]),

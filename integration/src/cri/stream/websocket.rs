@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::tcp::OwnedWriteHalf;
 use tokio::sync::Mutex;
 
 use crate::Result;
 use crate::cri::stream::http::{Answer, upgrade};
+use crate::cri::stream::inbound::Inbound;
 
 /// Last frame of a message.
 const FIN: u8 = 0x80;
@@ -24,9 +25,8 @@ pub struct WebSocket {
 /// The reading half.
 #[derive(Debug)]
 pub struct Reader {
-    stream: BufReader<OwnedReadHalf>,
+    inbound: Inbound,
     answer: WebSocket,
-    early: Vec<u8>,
 }
 
 /// What arrived.
@@ -78,9 +78,8 @@ impl WebSocket {
             shared: Arc::new(Mutex::new(write)),
         };
         let reader = Reader {
-            stream: BufReader::with_capacity(128 << 10, read),
+            inbound: Inbound::new(read, early),
             answer: socket.clone(),
-            early,
         };
         Ok((socket, reader))
     }
@@ -130,14 +129,6 @@ impl WebSocket {
 }
 
 impl Reader {
-    async fn fill(&mut self, buffer: &mut [u8]) -> std::io::Result<()> {
-        let take = buffer.len().min(self.early.len());
-        let rest = self.early.split_off(take);
-        buffer[..take].copy_from_slice(&self.early);
-        self.early = rest;
-        self.stream.read_exact(&mut buffer[take..]).await.map(drop)
-    }
-
     /// The next message; `None` when the connection ended without a goodbye.
     ///
     /// # Errors
@@ -146,26 +137,29 @@ impl Reader {
         let (mut kind, mut message) = (0, Vec::new());
         loop {
             let mut head = [0; 2];
-            if self.fill(&mut head).await.is_err() {
+            if self.inbound.fill(&mut head).await.is_err() {
                 return Ok(None);
             }
             anyhow::ensure!(head[1] & 0x80 == 0, "servers do not mask");
             let length = match head[1] {
                 126 => {
                     let mut long = [0; 2];
-                    self.fill(&mut long).await?;
+                    self.inbound.fill(&mut long).await?;
                     u64::from(u16::from_be_bytes(long))
                 }
                 127 => {
                     let mut long = [0; 8];
-                    self.fill(&mut long).await?;
+                    self.inbound.fill(&mut long).await?;
                     u64::from_be_bytes(long)
                 }
                 short => u64::from(short),
             };
             anyhow::ensure!(length <= MAX_MESSAGE_BYTES, "a message of {length} bytes");
             let mut body = vec![0; usize::try_from(length)?];
-            self.fill(&mut body).await.context("a frame is cut short")?;
+            self.inbound
+                .fill(&mut body)
+                .await
+                .context("a frame is cut short")?;
             match head[0] & 0x0f {
                 8 => {
                     let code = body.first_chunk::<2>().copied().map(u16::from_be_bytes);
