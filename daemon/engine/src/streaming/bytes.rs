@@ -107,17 +107,30 @@ impl Writer {
     pub async fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
         let mut left = bytes;
         while !left.is_empty() {
-            while self.window <= 0 {
-                self.grant().await?;
-            }
-            let room = usize::try_from(self.window).unwrap_or(usize::MAX);
-            let (now, later) = left.split_at(left.len().min(MAX_DATA).min(room));
-            self.window -= i64::try_from(now.len()).unwrap_or(i64::MAX);
-            let data = Data { data: now.to_vec() };
-            self.stream.send(any::pack(&data)).await?;
-            left = later;
+            let sent = self.write_some(left).await?;
+            left = &left[sent..];
         }
         Ok(())
+    }
+
+    /// Sends as many of `bytes` as are granted and fit one message, waiting until it is one at least.
+    /// Says how many; 0 only of none.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] once the receiver is gone.
+    pub async fn write_some(&mut self, bytes: &[u8]) -> Result<usize, Error> {
+        if bytes.is_empty() {
+            return Ok(0);
+        }
+        while self.window <= 0 {
+            self.grant().await?;
+        }
+        let room = usize::try_from(self.window).unwrap_or(usize::MAX);
+        let now = &bytes[..bytes.len().min(MAX_DATA).min(room)];
+        self.window -= i64::try_from(now.len()).unwrap_or(i64::MAX);
+        let data = Data { data: now.to_vec() };
+        self.stream.send(any::pack(&data)).await?;
+        Ok(now.len())
     }
 
     async fn grant(&mut self) -> Result<(), Error> {

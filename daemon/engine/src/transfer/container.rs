@@ -7,10 +7,9 @@
 //! containerd has the messages and leaves the copying to plugins and shims; what a path, a missing
 //! directory and a media type mean is as in the shims that do it.
 
-use std::io::{self, BufRead, Read};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use ::bytes::{Buf as _, Bytes};
 use lighter_proto::errdefs::{Classify, ErrorKind};
 use lighter_snapshotter::Mount;
 use lighter_snapshotter::mount::{Access, Detached};
@@ -20,6 +19,7 @@ use rustix::fs::{CWD, Mode, OFlags, fstat, openat, stat};
 use serde::Deserialize;
 use tokio::sync::mpsc;
 
+use super::pieces::{self, IDLE_LIMIT, Incoming};
 use super::{Error, Transfer};
 use crate::diff::{self, IdMap, Owners};
 use crate::image::Held;
@@ -162,8 +162,9 @@ impl Transfer {
         check_type(&to.media_type)?;
         let files = self.files(scope, from, Way::Out).await?;
         let what = describe(from);
+        let copied = what.clone();
         let (path, walk, owners) = (from.path.clone(), from.walk, files.owners(true));
-        let (sender, mut pieces) = mpsc::channel(PIECES);
+        let (sender, pieces) = mpsc::channel(PIECES);
         let work = tokio::task::spawn_blocking(move || {
             let found =
                 diff::find(files.root.dir(), &path).map_err(|error| missing(&what, &error))?;
@@ -171,15 +172,7 @@ impl Transfer {
             packed.map_err(|source| Error::Copy { what, source })
         });
         let mut writer = bytes::Writer::new(to.stream);
-        let mut sent = Ok(());
-        while let Some(piece) = pieces.recv().await {
-            sent = writer.write(&piece).await;
-            if sent.is_err() {
-                break;
-            }
-        }
-        // Lets a thread that still packs fail instead of waiting for ever.
-        drop(pieces);
+        let sent = pieces::send(&copied, IDLE_LIMIT, pieces, &mut writer).await;
         let packed = work.await.map_err(|e| failed("copy files")(e.into()))?;
         sent?;
         packed
@@ -195,25 +188,15 @@ impl Transfer {
         check_type(&from.media_type)?;
         let files = self.files(scope, to, Way::In).await?;
         let what = describe(to);
+        let copied = what.clone();
         let (path, owners) = (to.path.clone(), files.owners(to.keep_owners));
         let (sender, pieces) = mpsc::channel(PIECES);
         let mut work = tokio::task::spawn_blocking(move || {
-            let incoming = Incoming {
-                pieces,
-                piece: Bytes::new(),
-            };
+            let incoming = Incoming::new(pieces);
             diff::place(files.root.dir(), &path, &owners, incoming)
                 .map_err(|source| Error::Copy { what, source })
         });
-        let mut reader = bytes::Reader::new(from.stream);
-        let feed = async move {
-            while let Some(piece) = reader.next().await? {
-                if sender.send(piece).await.is_err() {
-                    break;
-                }
-            }
-            Ok::<(), Error>(())
-        };
+        let feed = pieces::feed(&copied, IDLE_LIMIT, from.stream, sender);
         // An archive may end before its stream does.
         let (fed, done) = tokio::select! {
             done = &mut work => (Ok(()), done),
@@ -460,38 +443,6 @@ fn seen_by(pid: u32) -> io::Result<Files> {
 fn is_the_machines(root: &Root) -> io::Result<bool> {
     let (own, found) = (stat("/")?, fstat(root.dir())?);
     Ok((own.st_dev, own.st_ino) == (found.st_dev, found.st_ino))
-}
-
-/// What comes through a stream, for a thread that may block.
-struct Incoming {
-    pieces: mpsc::Receiver<Bytes>,
-    piece: Bytes,
-}
-
-impl BufRead for Incoming {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        while self.piece.is_empty() {
-            match self.pieces.blocking_recv() {
-                Some(piece) => self.piece = piece,
-                None => break,
-            }
-        }
-        Ok(&self.piece)
-    }
-
-    fn consume(&mut self, amount: usize) {
-        self.piece.advance(amount);
-    }
-}
-
-impl Read for Incoming {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let there = self.fill_buf()?;
-        let length = there.len().min(buffer.len());
-        buffer[..length].copy_from_slice(&there[..length]);
-        self.consume(length);
-        Ok(length)
-    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Why a transfer failed.
 
+use std::time::Duration;
+
 use lighter_proto::errdefs::{Classify, ErrorKind};
 use prost_types::Any;
 
@@ -68,6 +70,16 @@ pub enum Error {
         /// Why.
         source: diff::Error,
     },
+    /// The client of a copy stood still.
+    #[error("copy of {what}: waited {limit:?} for the client to {awaited}: deadline exceeded")]
+    Idle {
+        /// Path and container.
+        what: String,
+        /// What it should have done.
+        awaited: &'static str,
+        /// For how long not a byte moved.
+        limit: Duration,
+    },
     /// A container's files could not be mounted.
     #[error(transparent)]
     Mount(#[from] lighter_snapshotter::mount::Error),
@@ -121,6 +133,7 @@ impl Classify for Error {
             Self::Nothing { .. } => ErrorKind::NotFound,
             Self::Container { kind, .. } => *kind,
             Self::Copy { source, .. } => source.kind(),
+            Self::Idle { .. } => ErrorKind::DeadlineExceeded,
             Self::Mount(error) => error.kind(),
             Self::Task(error) => error.kind(),
             Self::Stream(error) => error.kind(),

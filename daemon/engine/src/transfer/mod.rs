@@ -15,6 +15,7 @@ mod import;
 mod kinds;
 mod lease;
 mod names;
+mod pieces;
 mod progress;
 mod pull;
 mod push;
