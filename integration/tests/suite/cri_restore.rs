@@ -1,5 +1,5 @@
 //! CRI: a container is written to an archive, and made again from it, which needs a criu that works on
-//! this kernel; archives that no checkpoint wrote.
+//! this kernel; archives that no checkpoint wrote, and checkpoints where they are off.
 
 use std::fs;
 use std::process::Command;
@@ -9,6 +9,7 @@ use lighter_integration::image::append;
 use lighter_integration::{Blob, Image, Layer, Result, eventually};
 use lighter_proto::runtime::v1 as api;
 use serde_json::{Value, json};
+use tonic::Code;
 
 /// What criu says against this kernel.
 fn objection() -> Option<String> {
@@ -111,6 +112,31 @@ async fn a_container_goes_on_where_its_checkpoint_was_written() -> Result {
         node.cri.end_pod(&pod.id).await?;
     }
     node.cri.remove_image(&image.name).await?;
+    node.finish().await
+}
+
+/// Of the checkpoint only its directory is there: nobody looks into it.
+#[tokio::test]
+async fn a_container_of_a_checkpoint_is_refused_where_that_was_turned_off() -> Result {
+    if newer("checkpoints as images that can be turned off") {
+        return Ok(());
+    }
+    let node = Node::start().await?;
+    let pod = node.run_pod("off").await?;
+    let id = node.cri.create(&pod, &node.idle("main")).await?;
+    let containers = "root/io.containerd.grpc.v1.cri/containers";
+    let dir = node.daemon.dir().join(containers).join(&id);
+    let dir = dir.join("ctrd-restore");
+    fs::create_dir_all(&dir)?;
+    let refused = node.cri.start(&id).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+    let key = "enable_experimental_restore_via_create";
+    assert!(refused.message().contains(key), "{refused}");
+    // It may still be started when the option is back.
+    let state = node.cri.status(&id).await?.state();
+    assert_eq!(state, api::ContainerState::ContainerCreated);
+    fs::remove_dir(&dir)?;
+    node.cri.start(&id).await?;
     node.finish().await
 }
 

@@ -341,6 +341,7 @@ impl Plugin {
             .busy
             .take("StartContainer", &container.name)
             .await?;
+        self.check_restore(container)?;
         let mut refused = None;
         container.update(|s| {
             if s.state != ContainerState::ContainerCreated {

@@ -12,9 +12,11 @@
 //! | `checkpoint/` | criu's images |
 //! | `rootfs-diff.tar` | the writable layer; gone once it is applied |
 //! | `container.log` | the log so far; gone once it is in the new log |
+//! | `container.log.start` | length of the new log before that, in digits |
 //!
 //! criu believes its images: what runs afterwards has the rights that they say, whatever the request
-//! says. So this is off unless `enable_experimental_restore_via_create` is set.
+//! says. So this is off unless `enable_experimental_restore_via_create` is set, and what was made while
+//! it was is not started once it is off.
 //!
 //! Upstream: CRI's `CreateContainer` up to containerd 2.3 · Differs: labels and annotations of the
 //! archive are not taken over, and a base image that is missing is not pulled.
@@ -28,7 +30,7 @@ use std::path::{Path, PathBuf};
 use lighter_engine::diff::{self, ApplyOptions, LAYER_TAR};
 use lighter_engine::image::{self, Descriptor, Matcher};
 use lighter_proto::containerd::types;
-use lighter_proto::errdefs::render;
+use lighter_proto::errdefs::{ErrorKind, render};
 use lighter_proto::runtime::v1::ContainerConfig;
 use lighter_snapshotter::Mount;
 use lighter_snapshotter::mount::{Access, TempMount};
@@ -46,6 +48,8 @@ use crate::store::{Container, Pod};
 
 /// Below a container's directory.
 const DIR: &str = "ctrd-restore";
+/// In it: where the log so far begins in the new log.
+const LOG_START: &str = "container.log.start";
 /// On an image that holds a checkpoint: the name of the container.
 const ANNOTATION: &str = "org.criu.checkpoint.container.name";
 /// On a task's checkpoint: the directory to restore from.
@@ -143,9 +147,24 @@ fn continue_log(dir: &Path, log: Option<&Path>) -> Result<()> {
             .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
             .open(path);
         let mut to = opened.map_err(io_error("open log", path))?;
+        begin_where_begun(dir, &to, path)?;
         io::copy(&mut from, &mut to).map_err(io_error("write log", path))?;
     }
     std::fs::remove_file(&old).map_err(io_error("remove", &old))
+}
+
+/// Takes back what an earlier try, which was cut off, appended to the log. Nobody else writes to it
+/// before the container runs.
+fn begin_where_begun(dir: &Path, log: &File, path: &Path) -> Result<()> {
+    let mark = dir.join(LOG_START);
+    let length = log.metadata().map_err(io_error("stat log", path))?.len();
+    // One that was cut off itself has no digits: then nothing was appended yet.
+    let begun = std::fs::read_to_string(&mark).ok();
+    match begun.and_then(|text| text.parse::<u64>().ok()) {
+        Some(start) if start < length => log.set_len(start).map_err(io_error("cut log", path)),
+        Some(_) => Ok(()),
+        None => std::fs::write(&mark, length.to_string()).map_err(io_error("write", &mark)),
+    }
 }
 
 /// Applies what the container had written to its root filesystem.
@@ -334,6 +353,31 @@ impl Plugin {
         })
     }
 
+    fn is_to_be_restored(&self, container: &Container) -> bool {
+        // One system call; a thread of its own would cost every start more.
+        std::fs::symlink_metadata(self.restore_dir(&container.id)).is_ok()
+    }
+
+    /// Whether a container may be started as far as its checkpoint goes.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` when restoring was turned off since it was made of one.
+    pub(super) fn check_restore(&self, container: &Container) -> Result<()> {
+        if self.config.runtime.enable_experimental_restore_via_create
+            || !self.is_to_be_restored(container)
+        {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "container {:?} was made of a checkpoint, but enable_experimental_restore_via_create \
+                 is off by now: turn it on, or remove the container",
+                container.id
+            ),
+        ))
+    }
+
     /// Makes the root filesystem and the log of a container that is to be restored what they were;
     /// the checkpoint for its task. `None` for one that is just started.
     pub(super) async fn prepare_restore(
@@ -341,11 +385,13 @@ impl Plugin {
         container: &Container,
         rootfs: &[Mount],
     ) -> Result<Option<types::Descriptor>> {
-        let dir = self.restore_dir(&container.id);
-        // One system call; a thread of its own would cost every start more.
-        if std::fs::symlink_metadata(&dir).is_err() {
+        // Where this is off, it was refused if it was to be restored.
+        if !self.config.runtime.enable_experimental_restore_via_create
+            || !self.is_to_be_restored(container)
+        {
             return Ok(None);
         }
+        let dir = self.restore_dir(&container.id);
         let annotations = [(
             RESTORE_FROM.to_owned(),
             dir.join(CHECKPOINT).display().to_string(),
@@ -446,6 +492,15 @@ mod tests {
         continue_log(dir.path(), Some(&log)).unwrap();
         continue_log(dir.path(), Some(&log)).unwrap();
         assert_eq!(std::fs::read(&log).unwrap(), b"before\n");
+        // Cut off after it was appended, or in the middle of that: it is there once.
+        for appended in ["before\n", "before\nbef", "before\nbefore\n"] {
+            std::fs::write(&log, appended).unwrap();
+            std::fs::write(dir.path().join(LOG_START), "7").unwrap();
+            std::fs::write(dir.path().join(LOG), "before\n").unwrap();
+            continue_log(dir.path(), Some(&log)).unwrap();
+            assert_eq!(std::fs::read(&log).unwrap(), b"before\nbefore\n");
+        }
+        std::fs::write(&log, "before\n").unwrap();
         // A link in place of the log is not followed.
         std::fs::write(dir.path().join(LOG), "again\n").unwrap();
         let link = dir.path().join("logs/1.log");
