@@ -4,7 +4,9 @@
 //! ours is only warned about. What other modules get holds no unparsed string.
 
 pub(crate) mod cli;
+mod duration;
 mod imports;
+mod listen;
 pub(crate) mod migrate;
 pub(crate) mod plugins;
 mod raw;
@@ -15,9 +17,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub(crate) use duration::duration;
+pub(crate) use listen::{MessageLimits, Socket, Tcp, Tls};
 pub(crate) use raw::{ProxyPlugin, StreamProcessor};
 pub(crate) use write::to_text;
 
+use listen::tcp;
 use plugins::Plugins;
 
 /// Where the file is looked for.
@@ -71,46 +76,6 @@ impl Error {
             reason: reason.into(),
         }
     }
-}
-
-/// A socket and who may open it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Socket {
-    /// Path of it; empty for none.
-    pub(crate) address: PathBuf,
-    /// Owner.
-    pub(crate) uid: u32,
-    /// Group.
-    pub(crate) gid: u32,
-}
-
-/// A TCP listener.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Tcp {
-    /// `host:port`.
-    pub(crate) address: String,
-    /// How it is encrypted; in the clear without.
-    pub(crate) tls: Option<Tls>,
-}
-
-/// Files of TLS, in PEM.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Tls {
-    /// The daemon's certificate, and those between it and its CA.
-    pub(crate) cert: PathBuf,
-    /// Its key.
-    pub(crate) key: PathBuf,
-    /// CAs of clients: with them, a client needs a certificate.
-    pub(crate) ca: Option<PathBuf>,
-}
-
-/// Limits of the messages of gRPC, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct MessageLimits {
-    /// Largest received.
-    pub(crate) receive_bytes: usize,
-    /// Largest sent.
-    pub(crate) send_bytes: usize,
 }
 
 /// How the log is written.
@@ -381,41 +346,6 @@ fn log_level(place: &str, level: &str) -> Result<String, Error> {
     }
 }
 
-fn tcp(grpc: &raw::Grpc) -> Result<Option<Tcp>, Error> {
-    if grpc.tcp_address.is_empty() {
-        return Ok(None);
-    }
-    Ok(Some(Tcp {
-        address: grpc.tcp_address.clone(),
-        tls: tls(grpc)?,
-    }))
-}
-
-/// Never served in the clear what was meant to be encrypted: half a setting is an error.
-fn tls(grpc: &raw::Grpc) -> Result<Option<Tls>, Error> {
-    if !grpc.tcp_tls_common_name.is_empty() {
-        return Err(Error::invalid(
-            "grpc.tcp_tls_common_name",
-            "certificates by name are in Windows' store only: name files with tcp_tls_cert and \
-             tcp_tls_key",
-        ));
-    }
-    let path = |text: &str| Some(PathBuf::from(text)).filter(|path| !path.as_os_str().is_empty());
-    let (cert, key) = (path(&grpc.tcp_tls_cert), path(&grpc.tcp_tls_key));
-    match (cert, key, path(&grpc.tcp_tls_ca)) {
-        (Some(cert), Some(key), ca) => Ok(Some(Tls { cert, key, ca })),
-        (None, None, None) => Ok(None),
-        (Some(_), None, _) => Err(Error::invalid(
-            "grpc.tcp_tls_key",
-            "missing, beside tcp_tls_cert: it names the key of that certificate",
-        )),
-        (None, ..) => Err(Error::invalid(
-            "grpc.tcp_tls_cert",
-            "missing, beside other tcp_tls_* keys: it names the certificate of the daemon",
-        )),
-    }
-}
-
 fn timeouts(raw: &BTreeMap<String, String>, warnings: &mut Vec<String>) -> Result<Timeouts, Error> {
     let mut timeouts = Timeouts::default();
     for (name, text) in raw {
@@ -459,63 +389,9 @@ fn proxies(raw: BTreeMap<String, ProxyPlugin>) -> Result<BTreeMap<String, ProxyP
     Ok(raw)
 }
 
-/// Reads a Go duration such as `1m30s`, `100ms`, `0`.
-///
-/// # Errors
-/// When it is none, or negative.
-pub(crate) fn duration(place: &str, text: &str) -> Result<Duration, Error> {
-    parse_duration(text).ok_or_else(|| {
-        Error::invalid(
-            place,
-            format!("{text:?} is no duration such as 10s or 1m30s"),
-        )
-    })
-}
-
-fn parse_duration(text: &str) -> Option<Duration> {
-    if text == "0" {
-        return Some(Duration::ZERO);
-    }
-    let mut rest = text;
-    let mut seconds = 0.0f64;
-    if rest.is_empty() {
-        return None;
-    }
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !(c.is_ascii_digit() || c == '.'))?;
-        let value: f64 = rest[..digits].parse().ok()?;
-        rest = &rest[digits..];
-        let unit = rest
-            .find(|c: char| c.is_ascii_digit() || c == '.')
-            .unwrap_or(rest.len());
-        seconds += value
-            * match &rest[..unit] {
-                "ns" => 1e-9,
-                "us" | "µs" => 1e-6,
-                "ms" => 1e-3,
-                "s" => 1.0,
-                "m" => 60.0,
-                "h" => 3600.0,
-                _ => return None,
-            };
-        rest = &rest[unit..];
-    }
-    Duration::try_from_secs_f64(seconds).ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn go_durations_are_read() {
-        assert_eq!(parse_duration("1m30s"), Some(Duration::from_secs(90)));
-        assert_eq!(parse_duration("1.5h"), Some(Duration::from_secs(5400)));
-        assert_eq!(parse_duration("0"), Some(Duration::ZERO));
-        for bad in ["", "10", "s", "1x", "-1s"] {
-            assert_eq!(parse_duration(bad), None, "{bad}");
-        }
-    }
 
     #[test]
     fn an_unknown_key_of_ours_is_an_error_with_its_place_and_an_unknown_plugin_a_warning() {

@@ -2,11 +2,13 @@
 //!
 //! Order of the attributes of each: create, owner, extended attributes, mode (after the owner,
 //! which clears setuid bits and capabilities), times. Times of directories come last of all.
-//! What they are is in `attributes.rs`. Layers, and archives that are none ([`Unpack::copying`]).
+//! What they are is in `attributes.rs`, what goes into files in `data.rs`. Layers, and archives that are
+//! none ([`Unpack::copying`]).
 
 mod attributes;
+mod data;
 
-use std::io::{BufRead, Seek as _, SeekFrom, Write as _};
+use std::io::BufRead;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{
@@ -16,6 +18,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use self::attributes::{by_fd, gid, inherit, owner, times, uid, umask};
+pub(super) use self::data::write_data;
 use super::Error;
 use super::copy::{Owners, undescribed};
 use super::tar::{Archive, Entry, Kind};
@@ -462,39 +465,6 @@ impl<'a> Unpack<'a> {
         }
         Ok(())
     }
-}
-
-pub(super) fn write_data<R: BufRead>(
-    entry: &Entry,
-    path: &[u8],
-    file: &mut std::fs::File,
-    archive: &mut Archive<R>,
-) -> Result<(), Error> {
-    let mut data = archive.data();
-    let mut copy = |file: &mut std::fs::File, mut length: u64| -> Result<(), Error> {
-        while length > 0 {
-            let bytes = data.fill_buf().map_err(Error::Stream)?;
-            if bytes.is_empty() {
-                return Err(Error::Stream(std::io::ErrorKind::UnexpectedEof.into()));
-            }
-            let step = usize::try_from(length).map_or(bytes.len(), |l| l.min(bytes.len()));
-            file.write_all(&bytes[..step])
-                .map_err(Error::io("write", path))?;
-            data.consume(step);
-            length -= step as u64;
-        }
-        Ok(())
-    };
-    let Some(segments) = &entry.segments else {
-        return copy(file, entry.size_bytes);
-    };
-    for (offset, length) in segments {
-        file.seek(SeekFrom::Start(*offset))
-            .map_err(Error::io("seek in", path))?;
-        copy(file, *length)?;
-    }
-    file.set_len(entry.size_bytes)
-        .map_err(Error::io("set size of", path))
 }
 
 fn open_name(dir: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Errno> {

@@ -1,6 +1,5 @@
 //! Activations by name: made, undone, listed, found again after a restart.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,11 +9,12 @@ use async_trait::async_trait;
 use lighter_proto::errdefs::{Classify, ErrorKind, render};
 use lighter_snapshotter::Mount;
 use lighter_snapshotter::mount::{Made, has_prefix, is_mountpoint, mount_at, ready, unmount_all};
-use lighter_store::filter::{Fields, Filter};
+use lighter_store::filter::Filter;
 use lighter_store::metadata::edges::{self, Kind, Node};
-use lighter_store::{Labels, Namespace, Scope};
+use lighter_store::{Namespace, Scope};
 use tracing::warn;
 
+use super::activation::{Activate, Activation, Active};
 use super::loopdev;
 use super::record::{read, write};
 use crate::gc::{Collectable, Item};
@@ -71,58 +71,6 @@ impl Classify for Error {
             Self::Failed { .. } => ErrorKind::Internal,
         }
     }
-}
-
-/// One mount that was made here.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Active {
-    /// The mount as it was made.
-    pub mount: Mount,
-    /// When.
-    pub mounted_at: SystemTime,
-    /// Where.
-    pub mount_point: String,
-}
-
-/// One activation.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Activation {
-    /// Its name.
-    pub name: String,
-    /// What is mounted here.
-    pub active: Vec<Active>,
-    /// What is left for the caller to mount.
-    pub system: Vec<Mount>,
-    /// Labels.
-    pub labels: Labels,
-    /// The lease that owns it.
-    pub lease: Option<String>,
-}
-
-impl Fields for Activation {
-    fn field(&self, path: &[String]) -> Option<Cow<'_, str>> {
-        match path {
-            [field] if field == "name" => Some(Cow::Borrowed(&self.name)),
-            [first, rest @ ..] if first == "labels" => {
-                let value = self.labels.get(&rest.join("."))?;
-                Some(Cow::Borrowed(value))
-            }
-            _ => None,
-        }
-    }
-}
-
-/// What is to be activated.
-#[derive(Debug, Clone, Copy)]
-pub struct Activate<'a> {
-    /// Its name.
-    pub name: &'a str,
-    /// The mounts, in order.
-    pub mounts: &'a [Mount],
-    /// Its labels.
-    pub labels: &'a Labels,
-    /// All of them are made here, and one bind of the last is left.
-    pub temporary: bool,
 }
 
 /// Whose activation, and its name.

@@ -14,9 +14,11 @@
 //! Mounts die with the boot and so does this directory: nothing is kept elsewhere. A record that
 //! does not say `complete` belongs to an activation that was cut off; it is undone at start.
 
+mod activation;
 mod loopdev;
 mod manager;
 mod record;
 
+pub use activation::{Activate, Activation, Active};
 pub(crate) use manager::needed;
-pub use manager::{Activate, Activation, Active, Error, Mounts};
+pub use manager::{Error, Mounts};

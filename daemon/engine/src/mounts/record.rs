@@ -7,7 +7,8 @@ use lighter_snapshotter::Mount;
 use lighter_store::{Labels, Namespace};
 use serde::{Deserialize, Serialize};
 
-use super::manager::{Activation, Active, Key};
+use super::activation::{Activation, Active};
+use super::manager::Key;
 
 const FILE: &str = "record.json";
 

@@ -1,5 +1,7 @@
 //! Activations on this kernel.
 
+use lighter_store::Labels;
+
 use super::*;
 
 fn mount(fstype: &str, source: &Path, options: &[&str]) -> Mount {
