@@ -13,6 +13,7 @@
 //! in the middle of something.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
 
@@ -20,7 +21,7 @@ use crate::journal::{self, Found, Journal};
 use crate::overlay::{Overlay, Table};
 use crate::{Backend, Change, Error, Value};
 
-/// Bytes handed to the store below at a time; scans wait for that long.
+/// Bytes handed to the store below at a time.
 const CHUNK_BYTES: usize = 4 << 10;
 /// With less than this free, in bytes, a checkpoint that can wait does: its changes are safe in the
 /// journal, and the reserve that it would use up is needed to open the database again.
@@ -39,10 +40,13 @@ pub(crate) struct Layered {
 #[derive(Debug)]
 struct Parts {
     below: Box<dyn Backend>,
-    /// Held for reading over a scan, for writing over a part of a checkpoint: a scan never sees
-    /// half of what a batch changed.
-    copying: RwLock<()>,
+    /// Held for reading over a scan; a checkpoint takes it for writing before it begins.
+    scans: RwLock<()>,
     overlay: RwLock<Overlay>,
+    /// A checkpoint is under way.
+    copying: AtomicBool,
+    /// A good part of the active segment is used up.
+    filling: AtomicBool,
 }
 
 /// The writing end; the committer has it.
@@ -109,8 +113,10 @@ impl Layered {
         Self {
             parts: Arc::new(Parts {
                 below,
-                copying: RwLock::default(),
+                scans: RwLock::default(),
                 overlay: RwLock::default(),
+                copying: AtomicBool::new(false),
+                filling: AtomicBool::new(false),
             }),
             log: Mutex::new(Log {
                 journal,
@@ -150,6 +156,8 @@ impl Layered {
         drop(overlay);
         let room = || self.parts.below.make_room();
         log.append(&mut frame, room)?;
+        let filling = log.journal.is_filling();
+        self.parts.filling.store(filling, Ordering::Relaxed);
         frame.clear();
         frame.shrink_to(SPARE_BYTES);
         log.spare = frame;
@@ -162,6 +170,7 @@ impl Layered {
     fn start_checkpoint(&self, log: &mut Log, frozen: &Arc<Table>) -> Result<(), Error> {
         let covers = log.journal.sequence();
         let (parts, table) = (self.parts.clone(), frozen.clone());
+        parts.copying.store(true, Ordering::Relaxed);
         let thread = std::thread::Builder::new().name("checkpoint".to_owned());
         match thread.spawn(move || parts.copy_down(&table)) {
             Ok(thread) => log.running = Some(Running { covers, thread }),
@@ -227,36 +236,33 @@ impl Parts {
 
     /// Copies what is frozen to the store below, and forgets it.
     fn copy_down(&self, frozen: &Table) -> Result<(), Error> {
+        // A scan never sees half of what a batch changed. One that began before the freeze may have
+        // seen none of it and ends first; a later one takes all of it from what is frozen, however
+        // far the copy is.
+        drop(self.scans.write().unwrap_or_else(PoisonError::into_inner));
         let pairs = frozen
             .iter()
             .map(|(key, entry)| (key.as_ref(), entry.as_deref()));
-        copy(self.below.as_ref(), pairs, || {
-            self.copying.write().unwrap_or_else(PoisonError::into_inner)
-        })?;
-        self.below.sync()?;
+        let copied = copy(self.below.as_ref(), pairs).and_then(|()| self.below.sync());
+        self.copying.store(false, Ordering::Relaxed);
+        copied?;
         let _ = self.overlay_mut().thaw();
         Ok(())
     }
 }
 
-/// Hands changes to a store in parts, each under a guard.
-fn copy<'a, G>(
-    below: &dyn Backend,
-    changes: impl Iterator<Item = Change<'a>>,
-    guard: impl Fn() -> G,
-) -> Result<(), Error> {
+/// Hands changes to a store in parts.
+fn copy<'a>(below: &dyn Backend, changes: impl Iterator<Item = Change<'a>>) -> Result<(), Error> {
     let (mut part, mut bytes) = (Vec::new(), 0);
     for change in changes {
         bytes += change.0.len() + change.1.map_or(0, <[u8]>::len);
         part.push(change);
         if bytes >= CHUNK_BYTES {
-            let _guard = guard();
             below.copy(&part)?;
             part.clear();
             bytes = 0;
         }
     }
-    let _guard = guard();
     below.copy(&part)
 }
 
@@ -275,7 +281,7 @@ pub(crate) fn replay<'a>(
         })?);
     }
     if any {
-        copy(below, newest.into_iter(), || ())?;
+        copy(below, newest.into_iter())?;
         below.sync()?;
     }
     Ok(())
@@ -296,8 +302,8 @@ impl Backend for Layered {
         limit: usize,
         seen: &mut dyn FnMut(&[u8], &[u8]) -> bool,
     ) -> Result<(), Error> {
-        let copying = self.parts.copying.read();
-        let _copying = copying.unwrap_or_else(PoisonError::into_inner);
+        let scan = self.parts.scans.read();
+        let _scan = scan.unwrap_or_else(PoisonError::into_inner);
         if limit == 0 || end.is_some_and(|end| start >= end) {
             return Ok(());
         }
@@ -345,6 +351,10 @@ impl Backend for Layered {
 
     fn sync(&self) -> Result<(), Error> {
         self.commit(&mut self.log())
+    }
+
+    fn is_crowded(&self) -> bool {
+        self.parts.copying.load(Ordering::Relaxed) && self.parts.filling.load(Ordering::Relaxed)
     }
 
     fn free_bytes(&self) -> Option<u64> {

@@ -57,6 +57,10 @@ pub(crate) trait Backend: Send + Sync + std::fmt::Debug {
         self.apply(changes)
     }
     fn sync(&self) -> Result<(), Error>;
+    /// Whether commits will soon wait for a checkpoint, if more comes than is needed.
+    fn is_crowded(&self) -> bool {
+        false
+    }
     /// Room left on the disk, where there is one.
     fn free_bytes(&self) -> Option<u64> {
         None
@@ -234,6 +238,13 @@ impl Db {
     #[must_use]
     pub fn revision(&self) -> u64 {
         self.shared.applied()
+    }
+
+    /// Whether whoever has much to write, and time, had better wait: the journal fills while its
+    /// other half is still copied to the store below, for which all commits would wait in the end.
+    #[must_use]
+    pub fn is_crowded(&self) -> bool {
+        self.shared.backend().is_crowded()
     }
 
     /// Waits until the database fails, and says why; afterwards the process should end.

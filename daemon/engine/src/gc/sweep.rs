@@ -16,6 +16,9 @@ use super::{Collectable, Item};
 const BATCH: usize = 8;
 /// Least pause between two batches, in which requests go first.
 const PAUSE: Duration = Duration::from_millis(1);
+/// How often it is looked whether the database has caught up, and how long a batch waits for that.
+const CROWDED_PAUSE: Duration = Duration::from_millis(5);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What a collection did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -104,6 +107,10 @@ pub(super) fn sweep(db: &Db, engines: &Engines) -> Result<(Summary, Vec<Held>), 
     records.retain(|node| !matches!(node.kind, Kind::Mount | Kind::Stream));
     let mut last = None;
     for batch in records.chunks(BATCH) {
+        let patience = Instant::now();
+        while collection.is_crowded() && patience.elapsed() < PATIENCE {
+            std::thread::sleep(CROWDED_PAUSE);
+        }
         collection.absorb(&mut graph);
         let began = Instant::now();
         let (removed, ticket) = collection.remove(batch, &mut graph)?;

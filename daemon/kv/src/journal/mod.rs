@@ -109,6 +109,11 @@ impl Journal {
         self.offset + (frame_bytes(payload) + frame_bytes(0)) as u64 <= self.capacity
     }
 
+    /// Whether a good part of the active segment is used up.
+    pub(crate) fn is_filling(&self) -> bool {
+        self.offset > self.capacity / 4
+    }
+
     /// Writes a frame and waits for the disk. `buffer` has [`FRAME_HEAD`] bytes of room before the
     /// payload, and is used up. A frame that failed may be tried again.
     pub(crate) fn append(&mut self, buffer: &mut Vec<u8>, checkpoint: u64) -> io::Result<()> {

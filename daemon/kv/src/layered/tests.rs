@@ -261,3 +261,81 @@ fn a_store_that_fails_stops_the_commits_that_need_it() {
     let found = Found::of(media.each_ref().map(|medium| medium.cut(|| false)));
     assert_eq!(found.after(0).count(), commits);
 }
+
+#[test]
+fn a_checkpoint_that_stands_still_holds_up_neither_scans_nor_changes() {
+    /// Takes the first of the changes that it is handed, and the others when it is told.
+    #[derive(Debug)]
+    struct Slow {
+        pairs: Memory,
+        begun: Mutex<std::sync::mpsc::Sender<()>>,
+        go: Mutex<std::sync::mpsc::Receiver<()>>,
+    }
+    impl Backend for Slow {
+        fn get(&self, key: &[u8]) -> Result<Option<Value>, Error> {
+            self.pairs.get(key)
+        }
+        fn visit(
+            &self,
+            start: &[u8],
+            end: Option<&[u8]>,
+            limit: usize,
+            seen: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+        ) -> Result<(), Error> {
+            self.pairs.visit(start, end, limit, seen)
+        }
+        fn apply(&self, batch: &[Change<'_>]) -> Result<(), Error> {
+            self.pairs.apply(batch)
+        }
+        fn copy(&self, changes: &[Change<'_>]) -> Result<(), Error> {
+            self.pairs.apply(&changes[..1])?;
+            self.begun.lock().unwrap().send(()).unwrap();
+            self.go.lock().unwrap().recv().unwrap();
+            self.pairs.apply(&changes[1..])
+        }
+        fn sync(&self) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+    let (begun, has_begun) = std::sync::mpsc::channel();
+    let (go, goes) = std::sync::mpsc::channel();
+    let slow = Slow {
+        pairs: Memory::default(),
+        begun: Mutex::new(begun),
+        go: Mutex::new(goes),
+    };
+    slow.pairs
+        .apply(&[(b"a", Some(b"0")), (b"b", Some(b"0")), (b"c", Some(b"0"))])
+        .unwrap();
+    let media = [Fragile::laid(), Fragile::laid()];
+    let journal = Journal::resume(dynamic(&media), CAPACITY, &Found::default()).unwrap();
+    let layered = Layered::over(Box::new(slow), journal);
+    let model = |pairs: &[(&str, &str)]| -> Model {
+        let owned = pairs
+            .iter()
+            .map(|(k, v)| (k.as_bytes().into(), (*v).into()));
+        owned.collect()
+    };
+    layered
+        .apply(&[(b"a", Some(b"1")), (b"b", None), (b"d", Some(b"1"))])
+        .unwrap();
+    layered.sync().unwrap();
+    layered.settle().unwrap();
+    has_begun.recv().unwrap();
+
+    let whole = model(&[("a", "1"), ("c", "0"), ("d", "1")]);
+    assert_eq!(contents(&layered), whole);
+    assert_eq!(layered.get(b"b").unwrap(), None);
+    layered.apply(&[(b"b", Some(b"2"))]).unwrap();
+    layered.sync().unwrap();
+    let newer = model(&[("a", "1"), ("b", "2"), ("c", "0"), ("d", "1")]);
+    assert_eq!(contents(&layered), newer);
+
+    go.send(()).unwrap();
+    layered.log().finish_checkpoint().unwrap();
+    assert_eq!(contents(&layered), newer);
+    // Closing copies the rest, in one more part.
+    go.send(()).unwrap();
+    layered.close().unwrap();
+    assert_eq!(contents(&layered), newer);
+}

@@ -101,7 +101,7 @@ impl Collection {
         judge: &mut dyn Judge,
     ) -> Result<(Vec<Node>, Durable), Error> {
         let inner = &self.db.inner;
-        inner.apply(|change| {
+        inner.apply_unseen(|change| {
             self.absorb(judge);
             let mut removed = Vec::new();
             for node in candidates {
@@ -111,6 +111,12 @@ impl Collection {
             }
             Ok(removed)
         })
+    }
+
+    /// Whether the next batch had better wait, for the sake of others' changes.
+    #[must_use]
+    pub fn is_crowded(&self) -> bool {
+        self.db.inner.kv.is_crowded()
     }
 
     /// Tells `judge` what the barrier has so far, without the writer lock: what a batch has to take

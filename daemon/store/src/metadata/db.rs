@@ -144,6 +144,30 @@ impl Inner {
         &self,
         change: impl FnOnce(&mut Change<'_, '_>) -> Result<R, Error>,
     ) -> Result<(R, Durable), Error> {
+        let (done, removed) = self.make(change)?;
+        self.activity.mutations.fetch_add(1, Ordering::Relaxed);
+        self.activity
+            .deletions
+            .fetch_add(removed, Ordering::Relaxed);
+        if removed > 0 {
+            self.activity.removed.notify_one();
+        }
+        Ok(done)
+    }
+
+    /// Makes a change of a collection's, which is no reason for the next one.
+    pub(crate) fn apply_unseen<R>(
+        &self,
+        change: impl FnOnce(&mut Change<'_, '_>) -> Result<R, Error>,
+    ) -> Result<(R, Durable), Error> {
+        self.make(change).map(|(done, _)| done)
+    }
+
+    /// A change, and how many of its removals may have kept something.
+    fn make<R>(
+        &self,
+        change: impl FnOnce(&mut Change<'_, '_>) -> Result<R, Error>,
+    ) -> Result<((R, Durable), u64), Error> {
         let (mut removed, mut discards) = (0, false);
         let done = self.kv.update(|tx| {
             let mut change_ = Change {
@@ -158,14 +182,10 @@ impl Inner {
             collect::pass_barrier(self, change_.tx);
             Ok::<_, Error>(result)
         })?;
-        self.activity.mutations.fetch_add(1, Ordering::Relaxed);
-        self.activity
-            .deletions
-            .fetch_add(removed, Ordering::Relaxed);
-        if discards || removed > 0 {
+        if discards {
             self.activity.removed.notify_one();
         }
-        Ok(done)
+        Ok((done, removed))
     }
 
     /// The record at `key`.
