@@ -21,6 +21,9 @@ use crate::journal::{self, Found, Journal};
 use crate::overlay::{Overlay, Table};
 use crate::{Backend, Change, Error, Value};
 
+/// Changes, in bytes, after which a checkpoint syncs the store below: commits wait for the same disk, and what
+/// it has to write down at once they wait for.
+const SYNC_BYTES: usize = 128 << 10;
 /// Bytes handed to the store below at a time.
 const CHUNK_BYTES: usize = 4 << 10;
 /// With less than this free, in bytes, a checkpoint that can wait does: its changes are safe in the
@@ -253,14 +256,19 @@ impl Parts {
 
 /// Hands changes to a store in parts.
 fn copy<'a>(below: &dyn Backend, changes: impl Iterator<Item = Change<'a>>) -> Result<(), Error> {
-    let (mut part, mut bytes) = (Vec::new(), 0);
+    let (mut part, mut bytes, mut unsynced) = (Vec::new(), 0, 0);
     for change in changes {
         bytes += change.0.len() + change.1.map_or(0, <[u8]>::len);
         part.push(change);
         if bytes >= CHUNK_BYTES {
             below.copy(&part)?;
             part.clear();
+            unsynced += bytes;
             bytes = 0;
+        }
+        if unsynced >= SYNC_BYTES {
+            below.sync()?;
+            unsynced = 0;
         }
     }
     below.copy(&part)
