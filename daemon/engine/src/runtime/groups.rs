@@ -68,6 +68,14 @@ impl Groups {
         self.locked().insert((namespace.clone(), group), server);
     }
 
+    /// Whether the server at `address` is a group's.
+    pub(super) fn has(&self, address: &str) -> bool {
+        let servers = self.locked();
+        servers
+            .values()
+            .any(|(_, server)| server.address == address)
+    }
+
     /// Drops what is known of the server at `address`.
     pub(super) fn forget(&self, address: &str) {
         self.locked()

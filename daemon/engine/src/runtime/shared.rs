@@ -10,7 +10,7 @@ use lighter_snapshotter::Mount;
 use lighter_store::events::Exchange;
 use lighter_store::metadata::Db;
 use lighter_store::{Labels, Namespace, Scope, labels};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -38,6 +38,8 @@ pub(super) struct Shared {
     pub(super) steps: Steps,
     slots: RwLock<Slots>,
     pub(super) groups: Groups,
+    /// Rung by who waits for an id that is not free yet.
+    pub(super) hurry: Notify,
 }
 
 type Slots = BTreeMap<Namespace, HashMap<String, Slot>>;
@@ -101,6 +103,7 @@ impl Shared {
             steps: Steps::default(),
             slots: RwLock::default(),
             groups: Groups::default(),
+            hurry: Notify::new(),
         }
     }
 
@@ -162,6 +165,7 @@ impl Shared {
                     }
                 }
             };
+            self.hurry.notify_waiters();
             let _freed = removed.changed().await;
         }
     }

@@ -1,6 +1,7 @@
 //! Taking a task away: at its shim first, then everything of ours.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use lighter_proto::containerd::task::v3 as wire;
 use lighter_proto::errdefs::{ErrorKind, render};
@@ -15,6 +16,10 @@ use crate::runtime::error::Error;
 use crate::runtime::reap;
 use crate::runtime::shared::{Shared, Slot};
 use crate::runtime::state::{Exit, Input};
+
+/// How long a shim that serves nobody any more is left alone: its client has more to remove, and waits for
+/// that.
+const LINGER: Duration = Duration::from_millis(3);
 
 impl Actor {
     pub(super) fn delete(&mut self, reply: Reply<(Exit, u32)>) {
@@ -85,11 +90,12 @@ async fn remove(
             false,
         );
     }
-    // Off the books before the shim goes: its end must not be taken for a death.
-    let clearing = clear_away(shared, bundle, connection);
     // Our shim has unmounted the root filesystem when it answers, and the id stays taken: nobody
     // needs to wait for the rest.
-    if answer.is_ok() && ours && !shared.has_mounts(bundle) {
+    let later = answer.is_ok() && ours && !shared.has_mounts(bundle);
+    // Off the books before the shim goes: its end must not be taken for a death.
+    let clearing = clear_away(shared, bundle, connection, later);
+    if later {
         shared.tracker.spawn(clearing);
     } else {
         clearing.await;
@@ -101,11 +107,12 @@ async fn remove(
 }
 
 /// Takes a deleted task off the books at once; the future sends its shim away, removes the bundle
-/// and frees the id.
+/// and frees the id; `later` when nobody waits for it.
 fn clear_away(
     shared: &Arc<Shared>,
     bundle: &Arc<Bundle>,
     connection: &Connection,
+    later: bool,
 ) -> impl Future<Output = ()> + Send + 'static {
     let (freed, waiting) = watch::channel(());
     shared.put(bundle, Slot::Removing(waiting));
@@ -114,6 +121,14 @@ fn clear_away(
     let connection = connection.clone();
     async move {
         let address = connection.bootstrap().address;
+        // The next of a group may come to its shim at any moment: that goes at once or not at all.
+        if later && !shared.groups.has(&address) {
+            tokio::select! {
+                () = tokio::time::sleep(LINGER) => {}
+                () = shared.hurry.notified() => {}
+                () = shared.stop.cancelled() => {}
+            }
+        }
         if !shared.shares_shim(&address) {
             shared.groups.forget(&address);
         }
