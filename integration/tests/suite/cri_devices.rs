@@ -49,7 +49,12 @@ async fn privileged_containers_have_the_devices_that_their_handler_gives() -> Re
         table("open", open)
     };
     let settings = Settings {
-        config: format!("{}{}{open}", table("all", ""), table("bare", bare)),
+        config: format!(
+            "{}{}{}{open}",
+            table("runc", ""),
+            table("all", ""),
+            table("bare", bare)
+        ),
         ..Settings::default()
     };
     let node = Node::start_with(&settings).await?;
