@@ -37,8 +37,7 @@ impl Host {
             "#!/bin/sh\nin=$(cat)\nprintf '%s %s %s\\n' {kind} \"$CNI_COMMAND\" \"$in\" >> {}\n{body}\n",
             log.display()
         );
-        std::fs::write(&path, script).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        lighter_testing::executable(&path, script).unwrap();
     }
 
     fn conf(&self, name: &str, text: &str) {

@@ -140,12 +140,10 @@ impl Network {
     /// # Errors
     /// When the file cannot be written.
     pub fn plugin(&self, name: &str, script: &str) -> Result {
-        use std::os::unix::fs::PermissionsExt as _;
         let path = self.bin_dir().join(name);
-        fs::write(&path, format!("#!/bin/sh\n{script}\n"))?;
-        Ok(fs::set_permissions(
-            &path,
-            fs::Permissions::from_mode(0o755),
+        Ok(lighter_testing::executable(
+            path,
+            format!("#!/bin/sh\n{script}\n"),
         )?)
     }
 

@@ -1,7 +1,6 @@
 //! CRI: what the keys of the configuration change for pods and containers.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use lighter_integration::cri::{Node, Settings, newer};
@@ -305,8 +304,7 @@ async fn cgroups_of_systemd_are_named_by_slice_prefix_and_id() -> Result {
         dir = dir.path().display(),
         said = json!({ "level": "error", "msg": "this runtime only takes notes" })
     );
-    fs::write(&program, script)?;
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    lighter_testing::executable(&program, script)?;
     let settings = Settings {
         config: format!(
             "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\n\

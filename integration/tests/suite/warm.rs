@@ -7,6 +7,7 @@ use std::path::Path;
 use lighter_integration::{
     Client, Container, Daemon, Options, Result, Spec, Subject, built, eventually, parent_of,
 };
+use lighter_testing::copy_executable;
 
 use crate::run::ready;
 
@@ -58,7 +59,7 @@ async fn a_new_binary_is_used_for_the_next_container() -> Result {
     }
     let bin = tempfile::tempdir()?;
     for name in ["lighterd", "containerd-shim-lighter-v2"] {
-        fs::copy(built(name), bin.path().join(name))?;
+        copy_executable(built(name), bin.path().join(name))?;
     }
     let options = Options {
         bin_dir: Some(bin.path().to_owned()),
@@ -75,7 +76,7 @@ async fn a_new_binary_is_used_for_the_next_container() -> Result {
     assert_eq!(exe(parent_of(pid)?)?, inode(&shim)?);
     // As a package manager does it.
     let next = bin.path().join("next");
-    fs::copy(&shim, &next)?;
+    copy_executable(&shim, &next)?;
     fs::rename(&next, &shim)?;
     let (second, pid) = start(&daemon, &client, &top, "second").await?;
     assert_eq!(exe(parent_of(pid)?)?, inode(&shim)?, "the new binary runs");

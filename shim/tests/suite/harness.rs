@@ -146,7 +146,7 @@ impl Daemon {
         for dir in ["bin", "proc", "dev", "sys", "tmp"] {
             std::fs::create_dir_all(rootfs.join(dir)).unwrap();
         }
-        std::fs::copy(busybox().unwrap(), rootfs.join("bin/busybox")).unwrap();
+        lighter_testing::copy_executable(busybox().unwrap(), rootfs.join("bin/busybox")).unwrap();
         let mut spec = spec(&self.cgroup(id), args);
         change(&mut spec);
         std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();

@@ -1,7 +1,6 @@
 //! Standard streams of every kind.
 
 use std::io::Write as _;
-use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use lighter_proto::containerd::task::v3 as api;
@@ -146,8 +145,7 @@ async fn a_logging_program_gets_the_output(runtime: &str) {
     let logger = daemon.dir.path().join("logger.sh");
     let log = daemon.dir.path().join("log");
     let script = "#!/bin/sh\nexec 5>&-\ncat <&4 >>$2.err &\n(echo \"$CONTAINER_ID $CONTAINER_NAMESPACE $1\"; cat <&3) >$2\nwait\n";
-    std::fs::write(&logger, script).unwrap();
-    std::fs::set_permissions(&logger, std::fs::Permissions::from_mode(0o755)).unwrap();
+    lighter_testing::executable(&logger, script).unwrap();
     let uri = format!("binary://{}?key={}", logger.display(), log.display());
     let request = api::CreateTaskRequest {
         stdout: uri.clone(),

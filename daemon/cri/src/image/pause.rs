@@ -187,16 +187,13 @@ fn header(name: &str, mode: u32, kind: u8, size_bytes: usize) -> [u8; 512] {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
 
     #[test]
     fn the_program_waits_and_ends_on_a_signal() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pause");
-        std::fs::write(&path, program()).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        lighter_testing::executable(&path, program()).unwrap();
         let mut child = std::process::Command::new(&path).spawn().unwrap();
         std::thread::sleep(std::time::Duration::from_millis(100));
         assert!(child.try_wait().unwrap().is_none(), "it waits");

@@ -1,7 +1,6 @@
 //! Plugins written here, over a real socket, and everything that joining and applying does.
 
 use std::collections::HashMap;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -618,9 +617,7 @@ async fn strangers_and_bad_names_are_not_taken_on() {
 async fn installed_plugins_are_found_in_order_and_broken_ones_are_skipped() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["20-b", "10-a", "nonsense", "1-x"] {
-        let path = dir.path().join(name);
-        std::fs::write(&path, "#!/bin/sh\nexit 1\n").unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        lighter_testing::executable(dir.path().join(name), "#!/bin/sh\nexit 1\n").unwrap();
     }
     std::fs::write(dir.path().join("30-not-executable"), "").unwrap();
     std::fs::write(dir.path().join("a.conf"), "short").unwrap();

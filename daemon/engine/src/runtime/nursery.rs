@@ -284,15 +284,12 @@ async fn answer(mut early: Early, mut first: Option<&mut First>) -> io::Result<A
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
 
     fn script(path: &Path, body: &str) {
         // By rename, as an upgrade does it.
         let temp = path.with_extension("new");
-        std::fs::write(&temp, format!("#!/bin/sh\n{body}\n")).unwrap();
-        std::fs::set_permissions(&temp, std::fs::Permissions::from_mode(0o755)).unwrap();
+        lighter_testing::executable(&temp, format!("#!/bin/sh\n{body}\n")).unwrap();
         std::fs::rename(&temp, path).unwrap();
     }
 

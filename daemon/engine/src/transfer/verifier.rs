@@ -148,14 +148,11 @@ async fn limited(mut from: impl tokio::io::AsyncRead + Unpin) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
 
     fn put(dir: &Path, name: &str, script: &str) {
-        let path = dir.join(name);
-        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).expect("write");
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("chmod");
+        lighter_testing::executable(dir.join(name), format!("#!/bin/sh\n{script}\n"))
+            .expect("write");
     }
 
     fn config(dir: &Path) -> VerifierConfig {

@@ -69,7 +69,8 @@ impl Bundle {
         for name in ["bin", "proc", "sys", "dev", "etc", "tmp"] {
             fs::create_dir_all(root.join(name)).unwrap();
         }
-        fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
+        lighter_testing::copy_executable("/bin/busybox", root.join("bin/busybox"))
+            .expect("busybox-static is installed");
         for applet in APPLETS {
             symlink("busybox", root.join("bin").join(applet)).unwrap();
         }

@@ -26,11 +26,9 @@ fn a_missing_runtime_is_named_with_its_binary() {
 
 /// A shim that is a script: `body` sees the action as `$action` and stdin as it is.
 fn script(dir: &Path, body: &str) -> PathBuf {
-    use std::os::unix::fs::PermissionsExt as _;
     let path = dir.join("containerd-shim-fake-v1");
     let text = format!("#!/bin/sh\nfor a in \"$@\"; do action=$a; done\n{body}\n");
-    std::fs::write(&path, text).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    lighter_testing::executable(&path, text).unwrap();
     path
 }
 
