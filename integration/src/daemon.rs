@@ -32,6 +32,9 @@ pub struct Options {
     pub log_level: Option<&'static str>,
     /// Size of a filesystem of its own for the daemon's root, in MiB.
     pub root_mib: Option<u32>,
+    /// Size of an ext4 of its own for the daemon's root, in MiB, with its blocks in memory: what is
+    /// measured there is the daemon, not the machine's disk.
+    pub root_ext4_mib: Option<u64>,
     /// Whether the state directory is in memory, as `/run` is on a system that was booted.
     pub state_in_memory: bool,
     /// Folder before all others in the daemon's `PATH`: shims are found there first.
@@ -49,7 +52,31 @@ pub struct Options {
 }
 
 /// Directories of a daemon that may be file systems of their own.
-const OWN_MOUNTS: [&str; 2] = ["root", "state"];
+const OWN_MOUNTS: [&str; 3] = ["root", "state", "blocks"];
+
+/// `blocks` gets the file that the file system is in.
+fn mount_ext4(at: &Path, blocks: &Path, mib: u64) -> Result<()> {
+    mount_tmpfs(blocks, &format!("size={}m", mib + 1))?;
+    fs::create_dir(at)?;
+    let disk = blocks.join("disk");
+    File::create(&disk)?.set_len(mib << 20)?;
+    let run = |program: &str, args: &[&str], last: &[&Path]| {
+        let output = std::process::Command::new(program)
+            .args(args)
+            .args(last)
+            .output()?;
+        anyhow::ensure!(output.status.success(), "{program}: {output:?}");
+        Ok(())
+    };
+    // An inode for each block: tests have many small files.
+    let now = "lazy_itable_init=0,lazy_journal_init=0";
+    run(
+        "mkfs.ext4",
+        &["-q", "-F", "-i", "4096", "-E", now],
+        &[&disk],
+    )?;
+    run("mount", &["-o", "loop"], &[&disk, at])
+}
 
 fn mount_tmpfs(at: &Path, data: &str) -> Result<()> {
     fs::create_dir(at)?;
@@ -119,6 +146,9 @@ impl Daemon {
         fs::write(dir.join("config.toml"), config)?;
         if let Some(size) = options.root_mib {
             mount_tmpfs(&dir.join("root"), &format!("size={size}m"))?;
+        }
+        if let Some(size) = options.root_ext4_mib {
+            mount_ext4(&dir.join("root"), &dir.join("blocks"), size)?;
         }
         if options.state_in_memory {
             mount_tmpfs(&dir.join("state"), "mode=0755")?;

@@ -16,6 +16,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crate::journal::{self, Found, Journal};
 use crate::overlay::{Overlay, Table};
@@ -29,6 +30,8 @@ const CHUNK_BYTES: usize = 4 << 10;
 /// With less than this free, in bytes, a checkpoint that can wait does: its changes are safe in the
 /// journal, and the reserve that it would use up is needed to open the database again.
 const QUIET_FREE_BYTES: u64 = 16 << 20;
+/// A commit that takes longer than this waits for a disk that has more to do than it can.
+const SLOW_COMMIT: Duration = Duration::from_millis(20);
 /// Largest buffer kept for the next frame, in bytes.
 const SPARE_BYTES: usize = 256 << 10;
 
@@ -50,6 +53,8 @@ struct Parts {
     copying: AtomicBool,
     /// A good part of the active segment is used up.
     filling: AtomicBool,
+    /// When the commit under way began.
+    committing: Mutex<Option<Instant>>,
 }
 
 /// The writing end; the committer has it.
@@ -120,6 +125,7 @@ impl Layered {
                 overlay: RwLock::default(),
                 copying: AtomicBool::new(false),
                 filling: AtomicBool::new(false),
+                committing: Mutex::default(),
             }),
             log: Mutex::new(Log {
                 journal,
@@ -229,6 +235,17 @@ impl Log {
 }
 
 impl Parts {
+    fn commit_began(&self, at: Option<Instant>) {
+        let committing = self.committing.lock();
+        *committing.unwrap_or_else(PoisonError::into_inner) = at;
+    }
+
+    fn commit_is_slow(&self) -> bool {
+        let committing = self.committing.lock();
+        let began = *committing.unwrap_or_else(PoisonError::into_inner);
+        began.is_some_and(|began| began.elapsed() > SLOW_COMMIT)
+    }
+
     fn overlay(&self) -> RwLockReadGuard<'_, Overlay> {
         self.overlay.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -358,11 +375,16 @@ impl Backend for Layered {
     }
 
     fn sync(&self) -> Result<(), Error> {
-        self.commit(&mut self.log())
+        self.parts.commit_began(Some(Instant::now()));
+        let done = self.commit(&mut self.log());
+        self.parts.commit_began(None);
+        done
     }
 
     fn is_crowded(&self) -> bool {
-        self.parts.copying.load(Ordering::Relaxed) && self.parts.filling.load(Ordering::Relaxed)
+        let parts = &self.parts;
+        let full = parts.copying.load(Ordering::Relaxed) && parts.filling.load(Ordering::Relaxed);
+        full || parts.commit_is_slow()
     }
 
     fn free_bytes(&self) -> Option<u64> {

@@ -57,7 +57,8 @@ pub(crate) trait Backend: Send + Sync + std::fmt::Debug {
         self.apply(changes)
     }
     fn sync(&self) -> Result<(), Error>;
-    /// Whether commits will soon wait for a checkpoint, if more comes than is needed.
+    /// Whether commits wait for the disk, or will soon wait for a checkpoint: what nobody waits for
+    /// had better come later.
     fn is_crowded(&self) -> bool {
         false
     }
@@ -240,8 +241,9 @@ impl Db {
         self.shared.applied()
     }
 
-    /// Whether whoever has much to write, and time, had better wait: the journal fills while its
-    /// other half is still copied to the store below, for which all commits would wait in the end.
+    /// Whether whoever has much to write, and time, had better wait: a commit is held up by the
+    /// disk, or the journal fills while its other half is still copied to the store below, for which
+    /// all commits would wait in the end.
     #[must_use]
     pub fn is_crowded(&self) -> bool {
         self.shared.backend().is_crowded()

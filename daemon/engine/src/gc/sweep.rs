@@ -16,9 +16,9 @@ use super::{Collectable, Item};
 const BATCH: usize = 8;
 /// Least pause between two batches, in which requests go first.
 const PAUSE: Duration = Duration::from_millis(1);
-/// How often it is looked whether the database has caught up, and how long a batch waits for that.
-const CROWDED_PAUSE: Duration = Duration::from_millis(5);
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Priority of the thread that marks, as nice(2) counts: it holds nothing that others wait for, and
+/// with 100,000 objects it wants a processor for seconds.
+const MARK_NICE: i32 = 10;
 
 /// What a collection did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -101,16 +101,16 @@ pub(super) fn graph_without(
 /// either. Blocks for long, others for at most a batch.
 pub(super) fn sweep(db: &Db, engines: &Engines) -> Result<(Summary, Vec<Held>), Error> {
     let collection = db.collection()?;
-    let (mut graph, mut items) = graph(db, engines)?;
+    let (mut graph, mut items, mut records) = in_background(|| {
+        let (graph, items) = graph(db, engines)?;
+        let records = graph.garbage();
+        Ok::<_, Error>((graph, items, records))
+    })?;
     let mut summary = Summary::default();
-    let mut records = graph.garbage();
     records.retain(|node| !matches!(node.kind, Kind::Mount | Kind::Stream));
     let mut last = None;
     for batch in records.chunks(BATCH) {
-        let patience = Instant::now();
-        while collection.is_crowded() && patience.elapsed() < PATIENCE {
-            std::thread::sleep(CROWDED_PAUSE);
-        }
+        collection.give_way();
         collection.absorb(&mut graph);
         let began = Instant::now();
         let (removed, ticket) = collection.remove(batch, &mut graph)?;
@@ -129,6 +129,26 @@ pub(super) fn sweep(db: &Db, engines: &Engines) -> Result<(Summary, Vec<Held>), 
     collection.catch_up(&mut graph)?;
     items.retain(|held| graph.is_garbage(&node(held)));
     Ok((summary, items))
+}
+
+/// Runs `work` on a thread of its own that leaves the processors to others. A thread of the pool
+/// could be slowed as easily, but not every daemon may make it fast again.
+fn in_background<T: Send>(work: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, Error> {
+    std::thread::scope(|scope| {
+        let mark = std::thread::Builder::new().name("mark".to_owned());
+        let mark = mark.spawn_scoped(scope, || {
+            // Without it the collection only costs others more.
+            let _ = rustix::process::setpriority_process(None, MARK_NICE);
+            work()
+        });
+        let failed = |source| Error::Io {
+            operation: "mark on",
+            path: "a thread".into(),
+            source,
+        };
+        let done = mark.map_err(failed)?.join();
+        done.unwrap_or_else(|_| Err(failed(std::io::Error::other("it panicked"))))
+    })
 }
 
 /// Removes objects of engines.

@@ -64,6 +64,11 @@ impl Fragile {
         fragile
     }
 
+    /// No write and no sync ends while what it returns is held.
+    pub(crate) fn stand_still(&self) -> impl Drop {
+        self.state.lock().unwrap()
+    }
+
     /// Lets this many more writes and syncs work.
     pub(crate) fn fail_after(&self, steps: usize) {
         self.state.lock().unwrap().left = Some(steps);

@@ -339,3 +339,22 @@ fn a_checkpoint_that_stands_still_holds_up_neither_scans_nor_changes() {
     layered.close().unwrap();
     assert_eq!(contents(&layered), newer);
 }
+
+#[test]
+fn what_can_wait_does_while_a_commit_waits_for_the_disk() {
+    let media = [Fragile::laid(), Fragile::laid()];
+    let layered = open(&Store::holding(Model::new()), &media);
+    layered.apply(&[(b"a", Some(b"1"))]).unwrap();
+    assert!(!layered.is_crowded());
+    std::thread::scope(|scope| {
+        let still = media.each_ref().map(|medium| medium.stand_still());
+        scope.spawn(|| layered.sync().unwrap());
+        let began = Instant::now();
+        while !layered.is_crowded() {
+            assert!(began.elapsed() < Duration::from_secs(30), "never told");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(still);
+    });
+    assert!(!layered.is_crowded());
+}

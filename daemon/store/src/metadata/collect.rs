@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use lighter_kv::{Durable, Tx};
 use lighter_proto::errdefs::{Classify, ErrorKind};
@@ -21,6 +21,11 @@ use super::snapshots::pin_name;
 use super::{Db, content, images, leases};
 use crate::{Digest, Error, Namespace, Scope};
 
+/// How often it is looked whether the database has caught up, and how long work that nobody waits
+/// for lets it.
+const CROWDED_PAUSE: Duration = Duration::from_millis(5);
+const BATCH_PATIENCE: Duration = Duration::from_secs(2);
+const REMOVAL_PATIENCE: Duration = Duration::from_millis(50);
 /// Records read at a time.
 const PAGE: usize = 512;
 
@@ -113,10 +118,13 @@ impl Collection {
         })
     }
 
-    /// Whether the next batch had better wait, for the sake of others' changes.
-    #[must_use]
-    pub fn is_crowded(&self) -> bool {
-        self.db.inner.kv.is_crowded()
+    /// Lets others' changes go first where the database cannot keep up. Blocks for at most two
+    /// seconds.
+    pub fn give_way(&self) {
+        let began = Instant::now();
+        while self.db.inner.kv.is_crowded() && began.elapsed() < BATCH_PATIENCE {
+            std::thread::sleep(CROWDED_PAUSE);
+        }
     }
 
     /// Tells `judge` what the barrier has so far, without the writer lock: what a batch has to take
@@ -210,6 +218,17 @@ impl Collection {
                 Ok(false)
             }
             Err(error) => Err(error),
+        }
+    }
+}
+
+impl Inner {
+    /// Before each removal below: while commits are held up by the disk, what they wait for is not
+    /// added to.
+    async fn give_way(&self) {
+        let began = Instant::now();
+        while self.kv.is_crowded() && began.elapsed() < REMOVAL_PATIENCE {
+            tokio::time::sleep(CROWDED_PAUSE).await;
         }
     }
 }
@@ -325,6 +344,7 @@ impl Db {
         let mut done = Reclaimed::default();
         let mut snapshots: HashMap<String, Vec<String>> = HashMap::new();
         for one in discarded {
+            self.inner.give_way().await;
             match one {
                 Discarded::Lease(namespace, id) => {
                     let forgotten = leases::forget_resources(&self.inner, &namespace, &id).await;
@@ -385,6 +405,7 @@ impl Db {
             let before = backends.len();
             let mut left = Vec::new();
             for backend in backends {
+                self.inner.give_way().await;
                 match driver.remove(&backend).await {
                     Ok(()) => done.snapshots += 1,
                     Err(error) => match error.kind() {
