@@ -61,10 +61,7 @@ fn mount_ext4(at: &Path, blocks: &Path, mib: u64) -> Result<()> {
     let disk = blocks.join("disk");
     File::create(&disk)?.set_len(mib << 20)?;
     let run = |program: &str, args: &[&str], last: &[&Path]| {
-        let output = std::process::Command::new(program)
-            .args(args)
-            .args(last)
-            .output()?;
+        let output = Command::new(program).args(args).args(last).output()?;
         anyhow::ensure!(output.status.success(), "{program}: {output:?}");
         Ok(())
     };

@@ -89,20 +89,7 @@ pub(crate) fn start(flags: &Flags) -> Result<Option<Vec<u8>>> {
         Ok(Fork::Parent(_)) => Ok(Some(bootstrap::answer(&request, &address))),
         Ok(Fork::Child) => {
             detach(&request);
-            sys::tune_allocator();
-            serve::run(
-                Serving {
-                    request,
-                    bundle,
-                    listener,
-                    first: None,
-                    host: None,
-                    network: None,
-                    socket: path,
-                    socket_dir: dir,
-                },
-                &serve::event_loop()?,
-            );
+            serve_cold(request, bundle, listener, (path, dir))?;
             Ok(None)
         }
         Err(error) => {
@@ -136,20 +123,28 @@ pub(crate) fn serve_here(flags: &Flags) -> Result<()> {
             }
         },
     };
+    serve_cold(request, bundle, listener, (path, dir))
+}
+
+/// Serves with nothing made ahead of need; the socket is given with its directory.
+fn serve_cold(
+    request: Request,
+    bundle: PathBuf,
+    listener: UnixListener,
+    (socket, socket_dir): (PathBuf, PathBuf),
+) -> Result<()> {
     sys::tune_allocator();
-    serve::run(
-        Serving {
-            request,
-            bundle,
-            listener,
-            first: None,
-            host: None,
-            network: None,
-            socket: path,
-            socket_dir: dir,
-        },
-        &serve::event_loop()?,
-    );
+    let serving = Serving {
+        request,
+        bundle,
+        listener,
+        first: None,
+        host: None,
+        network: None,
+        socket,
+        socket_dir,
+    };
+    serve::run(serving, &serve::event_loop()?);
     Ok(())
 }
 

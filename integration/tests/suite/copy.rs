@@ -11,7 +11,7 @@ use lighter_proto::containerd::types::transfer as types;
 use prost_types::Any;
 use tonic::{Code, Status};
 
-use crate::transfer::{open, transfer};
+use crate::transfer::{feed, open, transfer};
 
 const TAR: &str = "application/x-tar";
 
@@ -46,29 +46,8 @@ async fn put(
     archive: Vec<u8>,
     to: types::ContainerPath,
 ) -> Result<(), Status> {
-    let (data, mut window) = open(client, id).await?;
-    let feeder = tokio::spawn(async move {
-        let mut left = &archive[..];
-        let mut granted = 0_usize;
-        while !left.is_empty() {
-            while granted == 0 {
-                let Ok(Some(message)) = window.message().await else {
-                    return;
-                };
-                let update: types::WindowUpdate = any::unpack(&message).expect("an update");
-                granted += usize::try_from(update.update).unwrap_or_default();
-            }
-            let (now, later) = left.split_at(left.len().min(32 << 10).min(granted));
-            granted -= now.len();
-            let message = any::pack(&types::Data { data: now.to_vec() });
-            if data.send(message).await.is_err() {
-                return;
-            }
-            left = later;
-        }
-        drop(data);
-        while let Ok(Some(_)) = window.message().await {}
-    });
+    let (data, window) = open(client, id).await?;
+    let feeder = feed(data, window, archive);
     let source = any::pack(&types::ReadStream {
         stream: id.to_owned(),
         media_type: TAR.to_owned(),

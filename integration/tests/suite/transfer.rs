@@ -10,6 +10,7 @@ use prost::Name;
 use prost_types::Any;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tonic::{Code, Status};
 
 pub(crate) async fn transfer(
@@ -57,14 +58,14 @@ pub(crate) async fn open(
     client.open_stream(id).await
 }
 
-/// Imports `archive` the way clients do; returns the events of its progress.
-async fn import(client: &Client, archive: &[u8], round: u32, to: Any) -> Result<Vec<String>> {
-    let (data_id, progress_id) = (format!("data-{round}"), format!("progress-{round}"));
-    let (data, mut window) = open(client, &data_id).await?;
-    let (_open, mut progress) = open(client, &progress_id).await?;
-    let archive = archive.to_vec();
-    let feeder = tokio::spawn(async move {
-        let mut left = &archive[..];
+/// Sends `bytes` as the window allows, and then the end of the data.
+pub(crate) fn feed(
+    data: mpsc::Sender<Any>,
+    mut window: tonic::Streaming<Any>,
+    bytes: Vec<u8>,
+) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let mut left = &bytes[..];
         let mut granted = 0_usize;
         while !left.is_empty() {
             while granted == 0 {
@@ -82,10 +83,18 @@ async fn import(client: &Client, archive: &[u8], round: u32, to: Any) -> Result<
             }
             left = later;
         }
-        // The end of the data; dropping the answers as well would cut off what is under way.
+        // Dropping the answers as well would cut off what is under way.
         drop(data);
         while let Ok(Some(_)) = window.message().await {}
-    });
+    })
+}
+
+/// Imports `archive` the way clients do; returns the events of its progress.
+async fn import(client: &Client, archive: &[u8], round: u32, to: Any) -> Result<Vec<String>> {
+    let (data_id, progress_id) = (format!("data-{round}"), format!("progress-{round}"));
+    let (data, window) = open(client, &data_id).await?;
+    let (_open, mut progress) = open(client, &progress_id).await?;
+    let feeder = feed(data, window, archive.to_vec());
     let events = tokio::spawn(async move {
         let mut events = Vec::new();
         while let Ok(Some(message)) = progress.message().await {
@@ -114,29 +123,10 @@ async fn what_an_import_brings_an_export_takes_unchanged() -> Result {
     }
     for (round, length) in [0, 1, 200_000].into_iter().enumerate() {
         let (from, to) = (format!("from-{round}"), format!("to-{round}"));
-        let (data, mut window) = open(&client, &from).await?;
+        let (data, window) = open(&client, &from).await?;
         let (grant, mut back) = open(&client, &to).await?;
         let sent: Vec<u8> = (0..length).map(|n: u32| n.to_le_bytes()[0]).collect();
-        let feed = sent.clone();
-        let feeder = tokio::spawn(async move {
-            let mut granted = 0;
-            for piece in feed.chunks(10_000) {
-                while granted < piece.len() {
-                    let Ok(Some(message)) = window.message().await else {
-                        return;
-                    };
-                    let update: types::WindowUpdate = any::unpack(&message).expect("an update");
-                    granted += usize::try_from(update.update).unwrap_or_default();
-                }
-                granted -= piece.len();
-                let message = types::Data {
-                    data: piece.to_vec(),
-                };
-                let _ = data.send(any::pack(&message)).await;
-            }
-            drop(data);
-            while let Ok(Some(_)) = window.message().await {}
-        });
+        let feeder = feed(data, window, sent.clone());
         let taker = tokio::spawn(async move {
             let mut got = Vec::new();
             let window = any::pack(&types::WindowUpdate { update: 1 << 20 });

@@ -23,7 +23,7 @@ use sha2::{Digest as _, Sha256};
 use super::compression::{Compression, Compressor};
 use super::pipeline::digest_text;
 use super::tar::BLOCK;
-use super::writer::Header;
+use super::writer::{self, Header};
 use super::{Error, LAYER_TAR, LAYER_TAR_GZIP, LAYER_TAR_ZSTD, whiteout};
 
 /// Bytes of a file read at once.
@@ -390,25 +390,10 @@ impl<W: Write> Layer<'_, W> {
     fn data(&mut self, node: &Node<'_>, path: &[u8], size: u64) -> Result<(), Error> {
         let mut file = open_file(node.dir, node.name, path)?;
         let mut buffer = std::mem::take(&mut self.buffer);
-        let mut left = size;
-        let mut result = Ok(());
-        while left > 0 && result.is_ok() {
-            let want = usize::try_from(left).map_or(buffer.len(), |l| l.min(buffer.len()));
-            result = match file.read(&mut buffer[..want]) {
-                // The header already says otherwise.
-                Ok(0) => Err(Error::entry(path, "file became shorter while it was read")),
-                Ok(read) => {
-                    left -= read as u64;
-                    self.write(&buffer[..read])
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-                Err(error) => Err(Error::io("read", path)(error)),
-            };
-        }
+        let mut write = |part: &[u8]| self.write(part);
+        let done = writer::data(&mut file, size, path, &mut buffer, &mut write);
         self.buffer = buffer;
-        result?;
-        let padding = size.next_multiple_of(BLOCK as u64) - size;
-        self.write(&[0; BLOCK][..usize::try_from(padding).expect("less than a block")])
+        done
     }
 
     fn finish(mut self) -> Result<(String, u64), Error> {

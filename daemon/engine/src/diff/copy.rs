@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, BufRead, Read as _, Write};
+use std::io::{self, BufRead, Write};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use rustix::fs::{
@@ -20,7 +20,7 @@ use super::compare::{DEPTH_MAX, capability, names, open_dir};
 use super::tar::{Archive, BLOCK, Entry, Kind};
 use super::tree::{Tree, normalize, open_in, resolve, split};
 use super::unpack::{Unpack, write_data};
-use super::writer::Header;
+use super::writer::{self, Header};
 
 /// Bytes of a file read at once.
 const READ_BYTES: usize = 128 << 10;
@@ -341,25 +341,10 @@ impl<W: Write> Pack<'_, W> {
         header.capability = capability(&file, shown)?;
         self.write(&header.encode())?;
         let mut buffer = std::mem::take(&mut self.buffer);
-        let mut left = size;
-        let mut done = Ok(());
-        while left > 0 && done.is_ok() {
-            let want = usize::try_from(left).map_or(buffer.len(), |left| left.min(buffer.len()));
-            done = match file.read(&mut buffer[..want]) {
-                // The header already says otherwise.
-                Ok(0) => Err(Error::entry(shown, "file became shorter while it was read")),
-                Ok(read) => {
-                    left -= read as u64;
-                    self.write(&buffer[..read])
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-                Err(error) => Err(Error::io("read", shown)(error)),
-            };
-        }
+        let mut write = |part: &[u8]| self.write(part);
+        let done = writer::data(&mut file, size, shown, &mut buffer, &mut write);
         self.buffer = buffer;
-        done?;
-        let padding = size.next_multiple_of(BLOCK as u64) - size;
-        self.write(&[0; BLOCK][..usize::try_from(padding).expect("less than a block")])
+        done
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {

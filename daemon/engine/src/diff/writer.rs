@@ -4,6 +4,10 @@
 //! those of Go's `archive/tar`, so that equal changes give the layer other tools would write.
 //! Source: POSIX `pax`, "ustar Interchange Format" and "pax Extended Header".
 
+use std::fs::File;
+use std::io::{self, Read as _};
+
+use super::Error;
 use super::tar::BLOCK;
 
 /// Bytes of the name and link fields.
@@ -24,6 +28,36 @@ pub(super) struct Header {
     pub(super) device: (u32, u32),
     /// Value of attribute `security.capability`.
     pub(super) capability: Option<Vec<u8>>,
+}
+
+/// Hands `write` the data of an entry whose header says `size` bytes, padded to whole blocks. `shown`
+/// names the file in errors; `buffer` is what is read at a time.
+///
+/// # Errors
+/// When the file cannot be read or became shorter, and those of `write`.
+pub(super) fn data(
+    file: &mut File,
+    size: u64,
+    shown: &[u8],
+    buffer: &mut [u8],
+    write: &mut impl FnMut(&[u8]) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let mut left = size;
+    while left > 0 {
+        let want = usize::try_from(left).map_or(buffer.len(), |left| left.min(buffer.len()));
+        match file.read(&mut buffer[..want]) {
+            // The header already says otherwise.
+            Ok(0) => return Err(Error::entry(shown, "file became shorter while it was read")),
+            Ok(read) => {
+                left -= read as u64;
+                write(&buffer[..read])?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(Error::io("read", shown)(error)),
+        }
+    }
+    let padding = size.next_multiple_of(BLOCK as u64) - size;
+    write(&[0; BLOCK][..usize::try_from(padding).expect("less than a block")])
 }
 
 impl Header {
