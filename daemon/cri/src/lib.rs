@@ -22,6 +22,7 @@ pub mod streaming;
 pub mod turn;
 pub mod userns;
 
+mod deadline;
 mod oci;
 mod sys;
 

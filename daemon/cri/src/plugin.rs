@@ -3,21 +3,17 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use lighter_engine::gc::Collector;
 use lighter_engine::runtime::Manager;
 use lighter_engine::transfer::Transfer;
-use lighter_proto::errdefs::into_status;
-use lighter_snapshotter::Usage;
-use lighter_store::filter::Filter;
 use lighter_store::metadata::Db;
 use lighter_store::{Namespace, Scope};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::metadata::MetadataMap;
-use tonic::{Response, Status};
+use tonic::Status;
 
 use crate::cdi;
 use crate::cni::{self, Cni};
@@ -26,7 +22,9 @@ use crate::error::{Error, Result};
 use crate::image::Images;
 use crate::json::Json;
 use crate::nri;
-use crate::runtime::{Backend, Backlog, History, Hooks, KnownFeatures, Outputs, Timers};
+use crate::runtime::{
+    Backend, Backlog, History, Hooks, ImageFilesystem, KnownFeatures, Outputs, Timers,
+};
 use crate::selinux::{self, Selinux};
 use crate::spec;
 use crate::spec::classes::Classes;
@@ -117,67 +115,6 @@ impl Gate {
     }
 }
 
-tokio::task_local! {
-    /// When the caller of this work stops waiting for it.
-    static DEADLINE: Option<Instant>;
-}
-
-/// How much longer the caller of this work waits; `None` when it said nothing.
-pub(crate) fn time_left() -> Option<Duration> {
-    let deadline = DEADLINE.try_with(|at| *at).ok().flatten()?;
-    Some(deadline.saturating_duration_since(Instant::now()))
-}
-
-/// The deadline in a request's metadata. Spec: gRPC over HTTP2, `grpc-timeout`.
-pub(crate) fn deadline(metadata: &MetadataMap) -> Option<Instant> {
-    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let count: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
-    let limit = match unit {
-        "H" => Duration::from_secs(count * 3600),
-        "M" => Duration::from_secs(count * 60),
-        "S" => Duration::from_secs(count),
-        "m" => Duration::from_millis(count),
-        "u" => Duration::from_micros(count),
-        "n" => Duration::from_nanos(count),
-        _ => return None,
-    };
-    Instant::now().checked_add(limit)
-}
-
-/// Time before a caller's deadline at which it is told that it passed: what watches the deadlines of
-/// all calls would say "cancelled", which a kubelet does not take for a timeout.
-const ANSWER_SHARE: Duration = Duration::from_millis(5);
-
-/// Does work to its end, even when the caller hangs up.
-pub(crate) async fn owned<T: Send + 'static>(
-    plugin: &Plugin,
-    deadline: Option<Instant>,
-    work: impl Future<Output = Result<T>> + Send + 'static,
-) -> Result<Response<T>, Status> {
-    let task = plugin.tracker.spawn(DEADLINE.scope(deadline, work));
-    let answer_by = deadline.and_then(|at| at.checked_sub(ANSWER_SHARE));
-    let done = match answer_by {
-        Some(at) => tokio::time::timeout_at(at.into(), task)
-            .await
-            .map_err(|_| Status::deadline_exceeded("context deadline exceeded"))?,
-        None => task.await,
-    };
-    let done = done.map_err(|e| Status::internal(e.to_string()))?;
-    done.map(Response::new).map_err(into_status)
-}
-
-/// What images take of a disk.
-#[derive(Debug, Clone)]
-pub(crate) struct ImageFilesystem {
-    /// Directory of the snapshotter.
-    pub(crate) root: String,
-    /// What snapshots and blobs take.
-    pub(crate) usage: Usage,
-    /// When it was measured.
-    pub(crate) at: SystemTime,
-}
-
 /// The plugin.
 #[derive(Debug)]
 pub struct Plugin {
@@ -222,7 +159,7 @@ pub struct Plugin {
     /// Classes of block I/O, and of caches and memory bandwidth.
     pub(crate) classes: Classes,
     /// The last measure of the images, when it was taken and of which images.
-    image_filesystems: tokio::sync::Mutex<Option<(u64, Instant, Vec<ImageFilesystem>)>>,
+    pub(crate) image_filesystems: tokio::sync::Mutex<Option<(u64, Instant, Vec<ImageFilesystem>)>>,
     /// Held by whoever makes the pause image.
     pub(crate) pause_made: tokio::sync::Mutex<()>,
     pub(crate) version: String,
@@ -477,66 +414,6 @@ impl Plugin {
             .filter(|name| !name.is_empty() && name != default)
             .collect();
         std::iter::once(default.clone()).chain(others).collect()
-    }
-
-    /// Roots of the snapshotters that handlers use, the default one first, and what their snapshots take:
-    /// measured anew once the last measure is older than `stats_collect_period`, or an image came or went.
-    ///
-    /// # Errors
-    /// When the default snapshotter fails.
-    pub(crate) async fn image_filesystems(&self) -> Result<Vec<ImageFilesystem>> {
-        let images = self.images.generation();
-        let longest = Duration::from_secs(self.config.images.stats_collect_period);
-        // Held while it measures: callers that come meanwhile want the same.
-        let mut last = self.image_filesystems.lock().await;
-        if let Some((generation, at, known)) = &*last
-            && *generation == images
-            && at.elapsed() < longest
-        {
-            return Ok(known.clone());
-        }
-        let found = self.measure_images().await?;
-        *last = Some((images, Instant::now(), found.clone()));
-        Ok(found)
-    }
-
-    async fn measure_images(&self) -> Result<Vec<ImageFilesystem>> {
-        let mut found = Vec::new();
-        for name in self.snapshotters() {
-            match self.measure_snapshots(&name).await {
-                Ok(measured) => found.push(measured),
-                // A kubelet goes by the first one only.
-                Err(error) if found.is_empty() => return Err(error),
-                Err(error) => {
-                    tracing::warn!(snapshotter = %name, %error, "snapshots not measured");
-                }
-            }
-        }
-        // Blobs count too, where images are unpacked by default: removing an image frees them as well.
-        for blob in self.db.content().list(&self.scope, &Filter::default())? {
-            found[0].usage.size_bytes += blob.size_bytes;
-            found[0].usage.inodes += 1;
-        }
-        Ok(found)
-    }
-
-    async fn measure_snapshots(&self, name: &str) -> Result<ImageFilesystem> {
-        let at = SystemTime::now();
-        let snapshots = self.db.snapshots(name)?;
-        let root = snapshots.driver().root().map(|r| r.display().to_string());
-        let mut total = Usage::default();
-        for info in snapshots.list(&self.scope, &Filter::default()).await? {
-            // One that went away since it was listed takes nothing.
-            if let Ok(usage) = snapshots.usage(&self.scope, &info.name).await {
-                total.size_bytes += usage.size_bytes;
-                total.inodes += usage.inodes;
-            }
-        }
-        Ok(ImageFilesystem {
-            root: root.unwrap_or_default(),
-            usage: total,
-            at,
-        })
     }
 
     /// The streaming server.

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use lighter_proto::errdefs::ErrorKind;
 
+use crate::deadline::time_left;
 use crate::error::{Error, Result};
-use crate::plugin::time_left;
 
 /// What is kept of a caller's time to answer it.
 const ANSWER_SHARE: Duration = Duration::from_millis(200);

@@ -11,7 +11,8 @@ use lighter_proto::time;
 use tonic::{Request, Response, Status};
 
 use super::Image;
-use crate::plugin::{Gate, Plugin, deadline, owned};
+use crate::deadline::{deadline, owned};
+use crate::plugin::{Gate, Plugin};
 
 /// Items in one message of a streamed list.
 const BATCH: usize = 5000;
@@ -140,7 +141,7 @@ impl ImageService for ImageEdge {
         let plugin = Arc::clone(self.0.plugin()?);
         let snapshotter = plugin.snapshotter_of(&handler);
         // A kubelet that hangs up must not leave half a pull to be repeated from the start.
-        owned(&Arc::clone(&plugin), until, async move {
+        owned(&plugin.tracker.clone(), until, async move {
             let image_ref = plugin
                 .images
                 .pull(&name, request.auth.as_ref(), &snapshotter)
@@ -156,7 +157,7 @@ impl ImageService for ImageEdge {
     ) -> Result<Response<api::RemoveImageResponse>, Status> {
         let name = Self::spec_name(request.into_inner().image)?;
         let plugin = Arc::clone(self.0.plugin()?);
-        owned(&Arc::clone(&plugin), None, async move {
+        owned(&plugin.tracker.clone(), None, async move {
             plugin.images.remove(&name).await?;
             plugin.collect().await;
             Ok(api::RemoveImageResponse {})

@@ -19,9 +19,10 @@ use tokio::net::unix::pipe;
 
 use super::new_id;
 use crate::config;
+use crate::deadline::time_left;
 use crate::error::{Error, Result, io};
 use crate::netns;
-use crate::plugin::{Plugin, time_left};
+use crate::plugin::Plugin;
 use crate::store::Container;
 use crate::streaming::{BackendError, BoxDuplex, ExecIo, ExitStatus, TerminalSize};
 

@@ -1,7 +1,8 @@
 //! Lists of pods and containers, written as messages of the API straight from what is in memory.
 //!
 //! A kubelet asks for both lists more than once a second and for nothing else as often. Building a
-//! value for each object only to encode it would copy every label twice.
+//! value for each object only to encode it would copy every label twice; what never changes, labels
+//! and annotations most of all, is encoded once and kept.
 
 use bytes::Bytes;
 use lighter_proto::runtime::v1 as api;
@@ -108,16 +109,22 @@ fn write_pod(out: &mut Vec<u8>, pod: &Pod, wanted: Option<i32>) -> bool {
     if wanted.is_some_and(|wanted| wanted != state) {
         return false;
     }
-    text(out, 1, &pod.id);
-    part(out, 2, pod.config.metadata.as_ref());
+    out.extend_from_slice(pod.listed.get_or_init(|| fixed_of_pod(pod)));
     if state != 0 {
         int32::encode(3, &state, out);
     }
     int64::encode(4, &time::to_nanos(created_at), out);
-    pairs(out, 5, &pod.config.labels);
-    pairs(out, 6, &pod.config.annotations);
-    text(out, 7, &pod.handler);
     true
+}
+
+fn fixed_of_pod(pod: &Pod) -> Box<[u8]> {
+    let mut out = Vec::new();
+    text(&mut out, 1, &pod.id);
+    part(&mut out, 2, pod.config.metadata.as_ref());
+    pairs(&mut out, 5, &pod.config.labels);
+    pairs(&mut out, 6, &pod.config.annotations);
+    text(&mut out, 7, &pod.handler);
+    out.into()
 }
 
 /// A `Container`; nothing, and false, when its state is not the one that is `wanted`.
@@ -132,20 +139,26 @@ fn write_container(
     if wanted.is_some_and(|wanted| wanted != state) {
         return false;
     }
-    let config = &container.config;
-    text(out, 1, &container.id);
-    text(out, 2, &container.pod_id);
-    part(out, 3, config.metadata.as_ref());
-    part(out, 4, config.image.as_ref());
+    let fixed = container.listed.get_or_init(|| fixed_of(container));
+    out.extend_from_slice(fixed);
     text(out, 5, image_ref);
     if state != 0 {
         int32::encode(6, &state, out);
     }
     int64::encode(7, &time::to_nanos(created_at), out);
-    pairs(out, 8, &config.labels);
-    pairs(out, 9, &config.annotations);
-    text(out, 10, &container.image_id);
     true
+}
+
+fn fixed_of(container: &Container) -> Box<[u8]> {
+    let (config, mut out) = (&container.config, Vec::new());
+    text(&mut out, 1, &container.id);
+    text(&mut out, 2, &container.pod_id);
+    part(&mut out, 3, config.metadata.as_ref());
+    part(&mut out, 4, config.image.as_ref());
+    pairs(&mut out, 8, &config.labels);
+    pairs(&mut out, 9, &config.annotations);
+    text(&mut out, 10, &container.image_id);
+    out.into()
 }
 
 fn text(out: &mut Vec<u8>, number: u32, value: &String) {

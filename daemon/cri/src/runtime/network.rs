@@ -9,8 +9,9 @@ use lighter_proto::runtime::v1::{PodSandboxConfig, Protocol};
 
 use super::files::on_host;
 use crate::cni::{Bandwidth, DnsConfig, IpPreference, NetworkResult, Options, PortMapping};
+use crate::deadline::time_left;
 use crate::error::{Error, Result};
-use crate::plugin::{Plugin, time_left};
+use crate::plugin::Plugin;
 use crate::store::Pod;
 use crate::{netns, userns};
 

@@ -10,7 +10,8 @@ use lighter_proto::runtime::v1::runtime_service_server::RuntimeService;
 use tonic::{Request, Response, Status};
 
 use super::rpc::{checkpoint, containers, events, exec, metrics, pods, stats, status, update};
-use crate::plugin::{Gate, deadline, owned};
+use crate::deadline::{deadline, owned};
+use crate::plugin::Gate;
 
 /// The service over the plugin.
 #[derive(Debug, Clone)]
@@ -67,7 +68,7 @@ macro_rules! serve {
                     let plugin = Arc::clone(self.0.plugin()?);
                     let until = deadline(request.metadata());
                     let work = $group::$unary(Arc::clone(&plugin), request.into_inner());
-                    owned(&plugin, until, work).await
+                    owned(&plugin.tracker, until, work).await
                 }
             )*
             $(

@@ -9,9 +9,10 @@ use lighter_proto::errdefs::{Classify as _, ErrorKind};
 use lighter_proto::runtime::v1::{ContainerEventType, ContainerState, PodSandboxState};
 
 use super::files::remove_dirs;
+use crate::deadline::time_left;
 use crate::error::{Error, Result};
 use crate::netns;
-use crate::plugin::{Plugin, time_left};
+use crate::plugin::Plugin;
 use crate::store::{Container, Pod};
 use crate::turn::Taken;
 
