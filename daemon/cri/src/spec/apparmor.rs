@@ -2,7 +2,9 @@
 //! loaded when the kernel does not have it.
 
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::Once;
 
 use lighter_proto::runtime::v1::SecurityProfile;
 use lighter_proto::runtime::v1::security_profile::ProfileType;
@@ -80,6 +82,29 @@ fn loaded(name: &str) -> bool {
     is_loaded(&std::fs::read_to_string(LOADED).unwrap_or_default(), name)
 }
 
+/// The program [`PARSER`], where it is installed; the daemon's PATH may be one of a user.
+fn parser() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let system = ["/sbin", "/usr/sbin"].map(PathBuf::from);
+    let mut files = std::env::split_paths(&path)
+        .chain(system)
+        .map(|dir| dir.join(PARSER));
+    files.find(|file| file.is_file())
+}
+
+/// Whether containers that ask for nothing can have the default profile. A machine without the tools of
+/// AppArmor does not use it, whatever its kernel has.
+fn has_default() -> bool {
+    static TOLD: Once = Once::new();
+    let has = loaded(DEFAULT) || parser().is_some();
+    if !has {
+        TOLD.call_once(|| {
+            tracing::warn!("no {PARSER}: containers run without an AppArmor profile");
+        });
+    }
+    has
+}
+
 /// Loads the default profile unless the kernel has it.
 fn load_default() -> Result<()> {
     if loaded(DEFAULT) {
@@ -88,7 +113,8 @@ fn load_default() -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| {
         Error::unknown(format!("load apparmor profile {DEFAULT} by {PARSER}: {e}"))
     };
-    let mut parser = Command::new(PARSER)
+    let program = parser().ok_or_else(|| failed(&"it is not installed"))?;
+    let mut parser = Command::new(program)
         .arg("--replace")
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
@@ -120,7 +146,7 @@ pub(super) fn apparmor(
 ) -> Result<Option<String>> {
     let enabled = !disabled && std::fs::read_to_string(ENABLED).is_ok_and(|t| t.starts_with('Y'));
     let Some(profile) = profile else {
-        if !enabled || privileged {
+        if !enabled || privileged || !has_default() {
             return Ok(None);
         }
         load_default()?;
