@@ -260,6 +260,25 @@ impl Group {
         }
     }
 
+    /// Where it is, in the words of CRIU's `--cgroup-root`: its path, on v1 behind the name of each controller.
+    pub(crate) fn criu_roots(&self) -> Vec<String> {
+        let inside = |path: &Path, mount: &Path| {
+            let path = path.strip_prefix(mount).unwrap_or(path);
+            Path::new("/").join(path).display().to_string()
+        };
+        match self {
+            Self::Unified { path } => vec![inside(path, Path::new(host::ROOT))],
+            Self::Legacy { directories, .. } => directories
+                .iter()
+                .flat_map(|directory| {
+                    let path = inside(&directory.path, &directory.mount);
+                    let names = directory.controllers.iter();
+                    names.map(move |name| format!("{name}:{path}"))
+                })
+                .collect(),
+        }
+    }
+
     /// What a `cgroup` mount shows.
     pub(crate) fn view(&self) -> CgroupView {
         match self {

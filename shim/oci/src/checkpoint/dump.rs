@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
-use super::{Choices, DESCRIPTORS, external_mounts, joined};
+use super::{Choices, DESCRIPTORS, MASK, external_mounts, joined};
 use crate::container::{Container, Deletion};
 use crate::error::{Context, Error, Result};
 use crate::spec::Spec;
@@ -51,16 +51,9 @@ pub(super) fn dump(
             .arg("--external")
             .arg(format!("mnt[{0}]:{0}", place.display()));
     }
-    for path in spec
-        .linux
-        .as_ref()
-        .map(|linux| linux.masked_paths.as_slice())
-        .unwrap_or_default()
-    {
-        let inside = record.rootfs.join(path.trim_start_matches('/'));
-        if !inside.is_dir() {
-            command.arg("--external").arg(format!("mnt[{path}]:{path}"));
-        }
+    let masked = spec.linux.iter().flat_map(|linux| &linux.masked_paths);
+    for path in masked.filter(|path| is_masked_file(record.pid, path)) {
+        command.arg("--external").arg(format!("mnt[{path}]:{MASK}"));
     }
     leave_namespaces(&mut command, record.pid, &spec)?;
     if let Some(freezer) = record
@@ -96,6 +89,13 @@ pub(super) fn dump(
         container.delete(Deletion::Forced)?;
     }
     Ok(())
+}
+
+/// Whether a masked path is covered by the host's null device. A directory is covered by a file system of the container's
+/// own, which CRIU writes.
+fn is_masked_file(pid: i32, path: &str) -> bool {
+    let inside = format!("/proc/{pid}/root/{path}");
+    std::fs::symlink_metadata(inside).is_ok_and(|found| !found.is_dir())
 }
 
 /// The network of a pod is not this container's to write, nor are its processes.

@@ -18,6 +18,9 @@ use crate::spec::{Linux, Spec};
 /// Name of the file with init's descriptors.
 const DESCRIPTORS: &str = "descriptors.json";
 
+/// The host's file over masked files, which is also its name in CRIU's images, as in runc's.
+const MASK: &str = "/dev/null";
+
 /// Bytes of CRIU's log that go into an error.
 const LOG_TAIL: usize = 600;
 

@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::mount::{UnmountFlags, mount_bind_recursive, unmount};
 use rustix::process::{Pid, PidfdFlags};
 
-use super::{Choices, DESCRIPTORS, external_mounts, joined};
+use super::{Choices, DESCRIPTORS, MASK, external_mounts, joined};
 use crate::cgroup::Group;
 use crate::directory::{Directory, check_id};
 use crate::error::{Context, Error, Result};
@@ -84,7 +84,8 @@ pub(super) fn restore(
         group.create(linux.resources.as_ref(), true)?;
     }
     let pid_file = directory.path.join("criu.pid");
-    run_criu(&directory, bundle, spec, &rootfs, choices, &pid_file)?;
+    let group = undo.group.as_ref();
+    run_criu(&directory, bundle, spec, &rootfs, choices, group, &pid_file)?;
     let pid: i32 = fs::read_to_string(&pid_file)
         .ok()
         .and_then(|text| text.trim().parse().ok())
@@ -144,6 +145,7 @@ fn run_criu(
     spec: &Spec,
     rootfs: &Path,
     choices: &Choices,
+    group: Option<&Group>,
     pid_file: &Path,
 ) -> Result<()> {
     let linux = spec.linux.as_ref().expect("validated");
@@ -155,17 +157,17 @@ fn run_criu(
         .arg(&root.0)
         .arg("--pidfile")
         .arg(pid_file);
+    // Otherwise all but init would be where they were written, in the group of another container.
+    for place in group.map(Group::criu_roots).unwrap_or_default() {
+        command.arg("--cgroup-root").arg(place);
+    }
     for (place, source) in external_mounts(spec, bundle)? {
         command
             .arg("--external")
             .arg(format!("mnt[{}]:{}", place.display(), source.display()));
     }
-    for path in &linux.masked_paths {
-        if !rootfs.join(path.trim_start_matches('/')).is_dir() {
-            command
-                .arg("--external")
-                .arg(format!("mnt[{path}]:/dev/null"));
-        }
+    if !linux.masked_paths.is_empty() {
+        command.arg("--external").arg(format!("mnt[{MASK}]:{MASK}"));
     }
     inherit_streams(&mut command, &choices.images)?;
     // Open until CRIU has ended, and not closed for it: it finds them by their numbers.

@@ -429,7 +429,7 @@ fn a_checkpoint_ends_the_container_and_is_restored() {
     assert!(
         restored.success(),
         "{}",
-        fs::read_to_string(bundle.path().join("work/restore.log")).unwrap_or_default()
+        fs::read_to_string(bundle.path().join("images/restore.log")).unwrap_or_default()
     );
     eventually("it counts on", || {
         count().is_some_and(|count| count > written)
