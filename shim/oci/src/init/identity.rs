@@ -151,6 +151,20 @@ pub(crate) fn set_labels(process: &Process) -> Result<()> {
     Ok(())
 }
 
+/// Asks the kernel to give the keyrings that are made from now on the program's SELinux label, not ours, which the program
+/// may not touch. `proc` is the host's.
+pub(crate) fn label_keys(process: &Process) -> Result<()> {
+    if process.selinux_label.is_empty() {
+        return Ok(());
+    }
+    fs::write("/proc/self/attr/keycreate", &process.selinux_label).context(|| {
+        format!(
+            "unable to apply SELinux label {:?} to keyrings",
+            process.selinux_label
+        )
+    })
+}
+
 /// Sets how soon the kernel kills `whom` (a process id, or `self`) when memory runs out. `proc` is the host's.
 pub(crate) fn set_oom_score(whom: &str, adjustment: i32) -> Result<()> {
     let path = format!("/proc/{whom}/oom_score_adj");

@@ -63,6 +63,9 @@ impl Join<'_> {
         }
         // Through procfs while it is the host's: labels are written now, in force at the exec.
         identity::set_labels(self.process)?;
+        if self.keyring == KeyringMode::Own {
+            identity::label_keys(self.process)?;
+        }
         // Not by the parent, who does not hold the program back: it may run, and end, before it is written.
         if let Some(adjustment) = self.process.oom_score_adj {
             identity::set_oom_score("self", adjustment)?;

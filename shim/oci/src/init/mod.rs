@@ -170,6 +170,7 @@ impl Init<'_> {
         }
         rustix::process::setsid().context(|| "setsid")?;
         if self.keyring == KeyringMode::Own {
+            identity::label_keys(self.process())?;
             own_keyring(self.id)?;
         }
         if let Some(network) = self.ready_network() {

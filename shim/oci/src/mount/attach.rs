@@ -256,11 +256,15 @@ fn create(
     options: &Options,
     read_only_later: bool,
 ) -> Result<Option<OwnedFd>> {
-    if options.data.iter().any(|(_, value)| {
-        value
-            .as_ref()
-            .is_some_and(|value| value.len() > MAX_FSCONFIG_VALUE)
-    }) {
+    let label = label_of(site, &mount.kind);
+    let values = options
+        .data
+        .iter()
+        .filter_map(|(_, value)| value.as_deref());
+    if values
+        .chain(label)
+        .any(|value| value.len() > MAX_FSCONFIG_VALUE)
+    {
         return Ok(None);
     }
     let context = match rustix::mount::fsopen(mount.kind.as_str(), FsOpenFlags::FSOPEN_CLOEXEC) {
@@ -286,8 +290,8 @@ fn create(
     };
     rustix::mount::fsconfig_set_string(&context, "source", source)
         .map_err(|error| explain(error, "set source"))?;
-    if !site.label.is_empty() && takes_label(&mount.kind) {
-        rustix::mount::fsconfig_set_string(&context, "context", site.label)
+    if let Some(label) = label {
+        rustix::mount::fsconfig_set_string(&context, "context", label)
             .map_err(|error| explain(error, "set label"))?;
     }
     for (key, value) in &options.data {
@@ -323,10 +327,11 @@ fn create(
     Ok(Some(made))
 }
 
-/// Whether a new filesystem of a type can have a label of its own. The kernel shares the others with
-/// mounts that were made before, and refuses one of another label.
-fn takes_label(kind: &str) -> bool {
-    !matches!(kind, "proc" | "sysfs" | "mqueue" | "cgroup" | "cgroup2")
+/// The label that all of a new filesystem has. The kernel shares those of some types with mounts that
+/// were made before, and refuses one of another label.
+fn label_of<'a>(site: &Site<'a>, kind: &str) -> Option<&'a str> {
+    let shared = matches!(kind, "proc" | "sysfs" | "mqueue" | "cgroup" | "cgroup2");
+    (!shared && !site.label.is_empty()).then_some(site.label)
 }
 
 /// Labels the directory that a mount begins with.
@@ -337,7 +342,7 @@ fn label_root(mount: BorrowedFd<'_>, label: &str) -> rustix::io::Result<()> {
     rustix::fs::fsetxattr(&root, "security.selinux", label.as_bytes(), none)
 }
 
-/// mount(2), for option values too long for fsconfig(2) (an overlay of many layers).
+/// mount(2), for option values too long for fsconfig(2) (an overlay of many layers, a label of many categories).
 fn mount_with_long_options(
     site: &Site<'_>,
     mount: &Mount,
@@ -346,15 +351,14 @@ fn mount_with_long_options(
     destination: &Path,
 ) -> Result<Attached> {
     use std::os::fd::AsRawFd;
-    let words: Vec<String> = options
-        .data
-        .iter()
-        .map(|(key, value)| {
-            value
-                .as_ref()
-                .map_or_else(|| key.clone(), |value| format!("{key}={value}"))
-        })
-        .collect();
+    // Quotes hold a label together among the words.
+    let label = label_of(site, &mount.kind).map(|label| format!("context=\"{label}\""));
+    let words = options.data.iter().map(|(key, value)| {
+        value
+            .as_ref()
+            .map_or_else(|| key.clone(), |value| format!("{key}={value}"))
+    });
+    let words: Vec<String> = words.chain(label).collect();
     let data = std::ffi::CString::new(words.join(","))
         .map_err(|_| Error::Spec("mount option with a zero byte".into()))?;
     // The descriptor names the target; /proc is still the host's here.
