@@ -18,6 +18,7 @@ use crate::init::{Init, Waits, identity, never_return};
 use crate::init_process::process_stat;
 use crate::listener::pass_listener;
 use crate::namespaces::{ForChildren, KINDS, Namespaces, write_id_maps};
+use crate::privilege::{is_host_root, setgroups_denied};
 use crate::record::Record;
 use crate::request::{CreateRequest, Created, Parentage, RootMode};
 use crate::runtime::{CgroupDriver, Runtime, check_labels};
@@ -95,6 +96,7 @@ impl Runtime {
             namespaces,
             seccomp,
             rootfs,
+            host_root: is_host_root(),
             made,
         })
     }
@@ -174,6 +176,8 @@ struct Creation<'a> {
     namespaces: Namespaces,
     seccomp: Option<Program>,
     rootfs: PathBuf,
+    /// This process is root of the machine, not of a user namespace only.
+    host_root: bool,
     made: Made,
 }
 
@@ -259,7 +263,7 @@ impl Creation<'_> {
         };
         self.runtime.options.driver != CgroupDriver::Systemd
             && directories.len() < MAX_FDS
-            && rustix::process::geteuid().is_root()
+            && self.host_root
             && is_simple(self.spec())
     }
 
@@ -276,17 +280,19 @@ impl Creation<'_> {
 
     /// Makes the group's directories. Somebody without the right to may go without, if the configuration asks for nothing.
     fn make_group(&mut self, group: &Group) -> Result<()> {
-        let devices =
-            !self.namespaces.separate(libc::CLONE_NEWUSER) || rustix::process::geteuid().is_root();
+        // The kernel lets nobody but root of the machine rule over devices.
+        let devices = self.host_root;
         match group.create(self.linux.resources.as_ref(), devices) {
             Err(error)
-                if !rustix::process::geteuid().is_root()
+                if !self.host_root
                     && self.linux.cgroups_path.is_empty()
                     && matches!(
                         error.os_error(),
                         Some(libc::EACCES | libc::EPERM | libc::EROFS)
                     ) =>
             {
+                // Some hierarchies may have been open to this user.
+                group.remove().ok();
                 self.made.group = None;
                 Ok(())
             }
@@ -302,7 +308,7 @@ impl Creation<'_> {
             pid,
             resources,
         )?;
-        group.create(resources, true)?;
+        group.create(resources, self.host_root)?;
         group.add(pid)?;
         Ok(unit)
     }
@@ -351,7 +357,7 @@ impl Creation<'_> {
             },
             through_helper,
         };
-        let view = group.map_or_else(CgroupView::none, Group::view);
+        let view = self.cgroup_view();
         let child = |channel: Channel, joined: bool| {
             let init = Init {
                 id: self.request.id,
@@ -396,6 +402,15 @@ impl Creation<'_> {
         Ok(child)
     }
 
+    fn cgroup_view(&self) -> CgroupView {
+        match (&self.made.group, &self.runtime.host) {
+            (Some(group), _) => group.view(),
+            // Without a group of its own the container stays in this process's.
+            (None, Some(host)) => Group::of_this_process(host).view(),
+            (None, None) => CgroupView::none(),
+        }
+    }
+
     fn open_sources(&self, foreign_user: bool) -> Result<Sources> {
         if !self.namespaces.separate(libc::CLONE_NEWNS) {
             return Ok(Sources::default());
@@ -409,8 +424,11 @@ impl Creation<'_> {
         rootfs::open_sources(self.spec(), self.request.bundle, &self.rootfs, which)
     }
 
-    /// A user who maps only himself has given up setgroups.
+    /// A user who maps only himself has given up setgroups, in the namespaces below that one as well.
     fn setgroups_allowed(&self) -> bool {
+        if !self.host_root && setgroups_denied() {
+            return false;
+        }
         !self.namespaces.has_new(libc::CLONE_NEWUSER)
             || rustix::process::geteuid().is_root()
             || self

@@ -72,6 +72,7 @@ mod mount;
 mod namespaces;
 mod netdev;
 mod passing;
+mod privilege;
 mod record;
 mod request;
 mod resctrl;
@@ -87,6 +88,7 @@ mod time;
 /// Finds out what does not change in a process and in those it forks, so that each of them knows it.
 pub fn look_ahead() {
     sys::ignored_signals();
+    privilege::in_user_namespace();
     // Who may not look is told when a container is made.
     seal::is_protected().ok();
 }

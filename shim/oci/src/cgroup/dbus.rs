@@ -167,7 +167,7 @@ fn address() -> PathBuf {
                 .map(PathBuf::from)
         })
     };
-    if rustix::process::geteuid().is_root() {
+    if crate::privilege::is_host_root() {
         return std::env::var("DBUS_SYSTEM_BUS_ADDRESS")
             .ok()
             .and_then(parse)
@@ -208,8 +208,8 @@ impl Bus {
     fn greet(&mut self) -> std::io::Result<()> {
         self.stream.set_read_timeout(Some(TIMEOUT))?;
         self.stream.set_write_timeout(Some(TIMEOUT))?;
-        let uid: String = rustix::process::geteuid()
-            .as_raw()
+        // The bus sees the peer from outside of the user namespace.
+        let uid: String = crate::privilege::outside_uid()
             .to_string()
             .bytes()
             .map(|digit| format!("{digit:02x}"))

@@ -103,6 +103,34 @@ impl Host {
         matches!(self, Self::Unified { .. })
     }
 
+    /// Where this process is, as far as that is to be seen here.
+    pub(super) fn own_place(&self) -> Group {
+        let own_in = |mount: &Path, own: &str| {
+            let path = mount.join(own.trim_start_matches('/'));
+            if own.contains("..") || !path.is_dir() {
+                mount.to_path_buf()
+            } else {
+                path
+            }
+        };
+        match self {
+            Self::Unified { mount, own } => Group::Unified {
+                path: own_in(mount, own),
+            },
+            Self::Legacy { hierarchies, .. } => Group::Legacy {
+                directories: hierarchies
+                    .iter()
+                    .map(|hierarchy| Directory {
+                        controllers: hierarchy.controllers.clone(),
+                        path: own_in(&hierarchy.mount, &hierarchy.own),
+                        mount: hierarchy.mount.clone(),
+                    })
+                    .collect(),
+                unified: None,
+            },
+        }
+    }
+
     pub(super) fn place(&self, wanted: &Path) -> Group {
         match self {
             // Where this process is there are processes, and a v2 group that has some hands no controllers down: a relative

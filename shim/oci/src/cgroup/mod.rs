@@ -128,6 +128,11 @@ impl Group {
         Ok(group)
     }
 
+    /// The group that this process is in.
+    pub(crate) fn of_this_process(host: &Host) -> Self {
+        host.own_place()
+    }
+
     fn is_root(&self) -> bool {
         match self {
             Self::Legacy { directories, .. } => directories

@@ -36,7 +36,7 @@ fn parse(cgroups_path: &str, id: &str) -> Result<Name> {
             }
         }
     };
-    let root = rustix::process::geteuid().is_root();
+    let root = crate::privilege::is_host_root();
     let slice = match slice {
         "" if root => "system.slice",
         "" => "user.slice",

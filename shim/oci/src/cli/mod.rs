@@ -203,13 +203,19 @@ fn run(arguments: Vec<String>, log: &mut Log) -> std::result::Result<Status, Fai
 }
 
 fn default_root() -> PathBuf {
-    if rustix::process::geteuid().is_root() {
-        return DEFAULT_ROOT.into();
+    let root = rustix::process::geteuid().is_root();
+    // A rootless engine runs this as root of a user namespace, still under the user's name; a machine of its own in
+    // such a namespace (LXC) calls its root so.
+    let own_machine = || {
+        !crate::privilege::in_user_namespace()
+            || std::env::var_os("USER").is_some_and(|name| name == "root")
+    };
+    let dir = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
+    match dir {
+        Some(dir) if !root || !own_machine() => PathBuf::from(dir).join("lighter-oci"),
+        None if !root => format!("/tmp/lighter-oci-{}", rustix::process::geteuid().as_raw()).into(),
+        _ => DEFAULT_ROOT.into(),
     }
-    std::env::var_os("XDG_RUNTIME_DIR").map_or_else(
-        || format!("/tmp/lighter-oci-{}", rustix::process::geteuid().as_raw()).into(),
-        |dir| PathBuf::from(dir).join("lighter-oci"),
-    )
 }
 
 /// Writes a line of a command's answer to standard output. A reader that went away is no failure of the command.

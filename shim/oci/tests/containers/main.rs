@@ -13,5 +13,6 @@ mod joining;
 mod lifecycle;
 mod mounts;
 mod resources;
+mod rootless;
 mod terminal;
 mod unified;
