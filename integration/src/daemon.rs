@@ -194,22 +194,24 @@ impl Daemon {
             .with_context(|| format!("start {}", self.subject.daemon().display()))?;
         self.child = Some(child);
         let address = self.address();
-        let dead = eventually("the daemon answers", async || {
+        let ended = eventually("the daemon answers", async || {
             if let Some(child) = self.child.as_mut()
-                && child.try_wait()?.is_some()
+                && let Some(status) = child.try_wait()?
             {
-                return Ok(Some(true));
+                return Ok(Some(Some(status)));
             }
             let Ok(client) = Client::connect(&address, "default").await else {
                 return Ok(None);
             };
-            Ok(client.version().await.is_ok().then_some(false))
+            Ok(client.version().await.is_ok().then_some(None))
         })
         .await;
-        match dead {
-            Ok(false) => Ok(()),
-            _ => anyhow::bail!("the daemon did not come up:\n{}", self.log()),
-        }
+        let why = match ended {
+            Ok(None) => return Ok(()),
+            Ok(Some(status)) => status.to_string(),
+            Err(error) => error.to_string(),
+        };
+        anyhow::bail!("the daemon did not come up: {why}\n{}", self.log())
     }
 
     /// Its configuration file.

@@ -16,6 +16,8 @@ use nix::mount::MsFlags;
 
 use crate::fact::{Fact, Kind, Known};
 
+/// Half minutes that the daemon may take to start: emulated, on a machine that does other things as well.
+const START_WAITS: u32 = 4;
 const DATA: &str = "/data";
 const SOCKET: &str = "/run/lighter.sock";
 const NAMESPACE: &str = "power";
@@ -77,18 +79,22 @@ async fn live(line: &Line) -> Result<()> {
         .stdout(log.try_clone()?)
         .stderr(log)
         .spawn()?;
-    let up = lighter_integration::eventually("the daemon starts after the cut", async || {
-        let Ok(client) = Client::connect(Path::new(SOCKET), NAMESPACE).await else {
-            return Ok(None);
-        };
-        Ok(client.version().await.is_ok().then_some(client))
-    });
-    let client = match up.await {
-        Ok(client) => client,
-        Err(error) => {
-            let log = std::fs::read_to_string("/run/lighterd.log").unwrap_or_default();
-            let tail: Vec<_> = log.lines().rev().take(5).collect();
-            anyhow::bail!("{error}: {tail:?}");
+    let mut waits = START_WAITS;
+    let client = loop {
+        let up = lighter_integration::eventually("the daemon starts after the cut", async || {
+            let Ok(client) = Client::connect(Path::new(SOCKET), NAMESPACE).await else {
+                return Ok(None);
+            };
+            Ok(client.version().await.is_ok().then_some(client))
+        });
+        match up.await {
+            Ok(client) => break client,
+            Err(_) if waits > 1 => waits -= 1,
+            Err(error) => {
+                let log = std::fs::read_to_string("/run/lighterd.log").unwrap_or_default();
+                let tail: Vec<_> = log.lines().rev().take(5).collect();
+                anyhow::bail!("{error}: {tail:?}");
+            }
         }
     };
     let wrong = compare(&client, &known).await?;
