@@ -47,9 +47,10 @@ compatibility: ## Every client against every method: rewrites docs/compatibility
 	$(CARGO) build --workspace --bins
 	$(TARGET_DIR)/debug/compatibility
 
-test-vm: ## Runtime, daemon and shim on cgroup v2, then power cuts, in a virtual machine (needs no KVM)
+test-vm: ## Runtime, daemon and shim on cgroup v2, SELinux labels, then power cuts, in a virtual machine (needs no KVM)
 	integration/scripts/deps.sh vm
 	integration/scripts/vm.sh suite
+	integration/scripts/vm.sh selinux
 	integration/scripts/vm.sh power
 
 bench: ## Speed and memory beside containerd, as ratios

@@ -15,7 +15,7 @@ test=(/usr/bin/containerd:containerd /usr/bin/docker-registry:docker-registry
     /usr/sbin/dockerd:docker.io /usr/bin/docker-compose:docker-compose)
 
 vm=(/usr/bin/qemu-system-x86_64:qemu-system-x86 /usr/sbin/mkfs.ext4:e2fsprogs /usr/bin/strip:binutils
-    /usr/bin/jq:jq /usr/sbin/criu:criu)
+    /usr/bin/jq:jq /usr/sbin/criu:criu /usr/bin/secilc:secilc)
 
 wanted=("${build[@]}" "${run[@]}")
 case ${1:-test} in

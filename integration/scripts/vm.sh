@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Tests in a virtual machine with a cgroup v2 kernel: Debian's cloud kernel in qemu, emulated, so that
 # it runs where there is no KVM. A disk image holds busybox and the programs under test.
-#   vm.sh suite [FILTER…]  runtime, daemon and shim on cgroup v2
-#   vm.sh power [ROUNDS]   power cuts: what was acknowledged is there after each
-#   vm.sh shell            a prompt in the machine (end it with ctrl-a x)
+#   vm.sh suite [FILTER…]    runtime, daemon and shim on cgroup v2
+#   vm.sh selinux [FILTER…]  labels of containers, under a policy that is enforced
+#   vm.sh power [ROUNDS]     power cuts: what was acknowledged is there after each
+#   vm.sh shell              a prompt in the machine (end it with ctrl-a x)
 # VM_BUILD=0 takes the programs as they are.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -59,7 +60,12 @@ put() {
 # The test program of a package that cargo just built: test_program PACKAGE KIND NAME
 test_program() {
     if [ "${VM_BUILD:-1}" = 0 ]; then
-        find "$bin/deps" -maxdepth 1 -name "$2-*" -executable -printf '%T@ %p\n' | sort -n | tail -1 | cut -d' ' -f2
+        # Another package may have one of that name: a program knows its source.
+        local program
+        find "$bin/deps" -maxdepth 1 -name "$2-*" -executable -printf '%T@ %p\n' | sort -rn | cut -d' ' -f2 |
+            while read -r program; do
+                grep -q "${1#lighter-}/tests/$2/" "$program" && echo "$program" && break
+            done
         return
     fi
     cargo test -q -p "$1" --no-run --message-format=json "${@:3}" 2>/dev/null |
@@ -78,7 +84,7 @@ disk() {
     printf 'root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n' >"$root/etc/passwd"
     printf 'root:x:0:\ntty:x:5:\n' >"$root/etc/group"
     cp integration/vm/init "$root/sbin/init"
-    cp integration/vm/{suite,power,shell} "$root/vm/"
+    cp integration/vm/{suite,selinux,power,shell} "$root/vm/"
     chmod +x "$root/sbin/init"
     local name
     for name in lighterd ctr containerd-shim-lighter-v2 lighter-oci; do
@@ -86,7 +92,7 @@ disk() {
     done
     # Peers, where they are installed.
     for name in /usr/sbin/criu /usr/bin/crun /usr/sbin/runc /usr/bin/containerd-shim-runc-v2 /usr/sbin/ip \
-        /usr/bin/tar /usr/bin/ctr /usr/bin/skopeo /usr/bin/docker-registry /usr/bin/mkfs.erofs; do
+        /usr/bin/tar /usr/bin/ctr /usr/bin/skopeo /usr/bin/docker-registry /usr/bin/mkfs.erofs /usr/bin/script; do
         [ ! -x $name ] || put $name $name
     done
     printf 'VM_FILTER="%s"\nVM_SUITE="%s"\nexport LIGHTER_BIN_DIR=/vm/bin LIGHTER_OCI=/vm/bin/lighter-oci\nexport PATH=/vm/bin:$PATH\n' \
@@ -99,12 +105,33 @@ image() {
     rm -rf "$root"
 }
 
+# The policy of integration/vm/selinux.cil with the categories that a level may have, for the kernel to load.
+policy() {
+    local categories=$out/categories.cil
+    {
+        seq -f '(category c%g)' 0 1023
+        echo "(categoryorder ($(seq -s ' ' -f 'c%g' 0 1023)))"
+    } >"$categories"
+    secilc -M true -c 33 -o "$1" -f /dev/null integration/vm/selinux.cil "$categories"
+}
+
+# Shows what the machine prints and counts what libtest says: succeeds when tests ran and none failed.
+report() {
+    local log=$out/serial.log passed failed
+    tee "$log" | sed -u 's/\r$//; /^test .* ok$/d' || true
+    read -r passed failed < <(tr -d '\r' <"$log" | awk '/^test result:/ { for (i = 1; i < NF; i++) {
+            if ($(i + 1) ~ /^passed/) p += $i; if ($(i + 1) ~ /^failed/) f += $i } }
+        END { print p + 0, f + 0 }')
+    echo "in the virtual machine: $passed passed, $failed failed"
+    grep -q '^VM: status 0' "$log" && [ "$failed" = 0 ] && [ "$passed" -gt 0 ]
+}
+
 # qemu SCRIPT OPTION…: the machine, running /vm/SCRIPT.
 qemu() {
     exec qemu-system-x86_64 -machine q35,accel=tcg -cpu max,la57=off -smp 2 -m 2048 -nodefaults -no-user-config \
         -display none -no-reboot -kernel "$vmlinuz" -initrd "$out/initramfs.cpio" \
         -drive "file=$out/disk.img,format=raw,if=virtio,snapshot=on" \
-        -append "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check vm.run=$1" "${@:2}"
+        -append "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check ${words:-} vm.run=$1" "${@:2}"
 }
 
 case $mode in
@@ -123,14 +150,22 @@ suite)
     disk
     put "$(test_program lighter-oci containers --test containers)" /vm/containers
     put "$(test_program lighter-integration suite --test suite)" /vm/suite-tests
+    # The suite looks for these where they were built.
+    for name in grpc-shim crate-shim; do
+        put "$bin/$name" "$(realpath "$bin/$name")"
+    done
     image
-    log=$out/serial.log
-    (qemu suite -serial stdio) </dev/null 2>&1 | tee "$log" | sed -u 's/\r$//; /^test .* ok$/d' || true
-    read -r passed failed < <(tr -d '\r' <"$log" | awk '/^test result:/ { for (i = 1; i < NF; i++) {
-            if ($(i + 1) ~ /^passed/) p += $i; if ($(i + 1) ~ /^failed/) f += $i } }
-        END { print p + 0, f + 0 }')
-    echo "in the virtual machine: $passed passed, $failed failed"
-    grep -q '^VM: status 0' "$log" && [ "$failed" = 0 ] && [ "$passed" -gt 0 ]
+    { (qemu suite -serial stdio) </dev/null 2>&1 || true; } | report
+    ;;
+selinux)
+    [ $# = 0 ] || VM_FILTER="$*"
+    [ "${VM_BUILD:-1}" = 0 ] || cargo build -q -p lighter-daemon -p lighter-shim -p lighter-oci -p lighter-ctr -p lighter-integration --bins
+    disk
+    put "$(test_program lighter-integration suite --test suite)" /vm/suite-tests
+    policy "$root/vm/policy"
+    image
+    words="security=selinux enforcing=0"
+    { (qemu selinux -serial stdio) </dev/null 2>&1 || true; } | report
     ;;
 power)
     [ "${VM_BUILD:-1}" = 0 ] || cargo build -q -p lighter-daemon -p lighter-integration --bins
@@ -146,7 +181,7 @@ shell)
     qemu shell -serial mon:stdio
     ;;
 *)
-    echo "usage: vm.sh suite|power|shell" >&2
+    echo "usage: vm.sh suite|selinux|power|shell" >&2
     exit 2
     ;;
 esac

@@ -31,6 +31,7 @@ mod cri_pull;
 mod cri_restart;
 mod cri_restore;
 mod cri_security;
+mod cri_selinux;
 mod cri_stats;
 mod cri_undo;
 mod cri_userns;
