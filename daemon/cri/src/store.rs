@@ -1,7 +1,7 @@
 //! What CRI knows in memory: pods, containers, and the names they hold.
 //!
 //! Lists and status come from here without touching disk, shim or database. The life-cycle calls of
-//! a pod or container take its `busy` [`Turn`] one after the other; reading takes only the small
+//! a pod or container take its `busy` [turn](crate::turn::Turn) one after the other; reading takes only the small
 //! state lock.
 //!
 //! ```text
